@@ -1,0 +1,143 @@
+"""What a kind of weight has to tell the passes: how it is matched, its matrix form, its branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lora_fx.matrix import MatrixForm, Rows
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call as a kind sees it: canonical operation, arguments, result's shape.
+
+    Arguments are fx Nodes (or nested lists of them) where they were tensors, and plain values
+    otherwise.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    shape: tuple[int, ...] | None = None
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the recorded shape of a tensor-valued node, or () where it has none."""
+    if not isinstance(node, fx.Node):
+        return ()
+    return tuple(node.meta.get("shape", ()))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One weight operand of a call.
+
+    ``weight`` is the node that stands in the weight's place and ``input`` the node it is multiplied
+    with. ``view`` is the operand's shape with axes split where the algebra needs it (groups of a
+    transposed convolution); ``out``, ``inp`` and ``batch`` are axes of ``view``. ``channel`` is the
+    axis of the call's result that runs over the output rows (negative: from the end).
+    ``roles`` are roles that the operation itself gives to rows of the operand.
+    """
+
+    weight: fx.Node
+    input: fx.Node | None
+    view: tuple[int, ...]
+    out: tuple[int, ...]
+    inp: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    channel: int = -1
+    roles: Mapping[str, Rows | None] = field(default_factory=dict[str, "Rows | None"], hash=False)
+    unfit: str | None = None
+
+    @property
+    def form(self) -> MatrixForm:
+        """The matrix form of the operand itself."""
+        return MatrixForm(shape_of(self.weight), self.view, self.out, self.inp, self.batch)
+
+
+class LivePart(NamedTuple):
+    """What a branch computes with: ``y[..., rows] += scale * (dropout(x) A^T) B^T``.
+
+    ``a`` is (r, in) or (E, r, in), ``b`` (rows, r) or (E, rows, r); ``dropout`` is the probability
+    in force now (0.0 outside training).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: Rows | None = None
+    dropout: float = 0.0
+
+
+LiveParts = tuple[LivePart, ...]
+Branch = Callable[..., Tensor]
+"""An operation with its adapter: the operation's own signature plus ``lora: LiveParts``."""
+
+
+class Kind:
+    """One kind of weight. Subclasses override what differs; instances are stateless.
+
+    ``name`` is what policies filter by; ``ops`` the canonical operations that it matches;
+    ``branches`` maps an operation to its adapted form (same signature, plus ``lora=``);
+    ``homes`` are the classes whose stock ``forward`` may be rewritten, and ``owned`` the weights of
+    stock modules for plans made without example inputs.
+    """
+
+    name: str = ""
+    ops: frozenset[str] = frozenset()
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """Adapted operations by canonical name; an operation not listed takes the weight form."""
+        return {}
+
+    @property
+    def homes(self) -> tuple[type[nn.Module], ...]:
+        """Module classes whose own ``forward`` is safe to rewrite (facts: stock forwards only)."""
+        return ()
+
+    def operands(self, call: Call) -> tuple[Operand, ...]:
+        """Return the places of the call where a weight may stand."""
+        raise NotImplementedError
+
+    def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
+        """Return the weights of a stock module of this kind by attribute, with their forms."""
+        del module
+        return {}
+
+    def unfit(self, module: nn.Module) -> str | None:
+        """Say why a module's weight of this kind cannot be adapted; None: it can."""
+        del module
+        return None
+
+
+def low_rank(x: Tensor, part: LivePart) -> Tensor:
+    """Return ``scale * (dropout(x) A^T) B^T`` for an input whose last axis is ``in``."""
+    x = F.dropout(x, part.dropout) if part.dropout else x
+    return F.linear(F.linear(x.to(part.a.dtype), part.a), part.b) * part.scale
+
+
+def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int) -> Tensor:
+    """Return ``result`` with ``update`` added to the named rows of ``axis``, out of place."""
+    update = update.to(result.dtype)
+    if rows is None:
+        return result + update
+    index = rows_index(rows, result.device)
+    return result.index_add(axis, index, update)
+
+
+def rows_index(rows: Rows, device: torch.device) -> Tensor:
+    """Return the row numbers that ``rows`` names, as an index tensor."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])

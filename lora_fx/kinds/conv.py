@@ -1,0 +1,119 @@
+"""Convolution in 1, 2 and 3 dimensions, any groups, stride, dilation and padding.
+
+``W: (out, in / groups, *kernel)`` is the matrix ``(out, in / groups x kernel)``. The branch is a
+convolution with ``A`` as its kernel (the same stride, padding, dilation) and a 1x1 convolution with
+``B``; with groups, every group of inputs meets the same ``A`` and its own rows of ``B``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lora_fx.kinds.base import Branch, Call, Kind, LivePart, LiveParts, Operand, add_rows, rows_index, shape_of
+from lora_fx.matrix import MatrixForm, rows_form
+
+_CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _low_rank_conv(
+    x: Tensor, weight: Tensor, part: LivePart, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    dims = weight.dim() - 2
+    conv = _CONVS[dims]
+    x = F.dropout(x, part.dropout) if part.dropout else x
+    rank = part.a.shape[0]
+    kernel = part.a.reshape(rank, *weight.shape[1:])
+    hidden = conv(
+        x.to(kernel.dtype),
+        kernel.repeat(groups, *[1] * (dims + 1)) if groups > 1 else kernel,
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    b = part.b
+    if groups > 1 and part.rows is not None:
+        # A 1x1 grouped convolution needs every group's rows: put B's rows in their places.
+        full = b.new_zeros(weight.shape[0], rank)
+        b = full.index_add(0, rows_index(part.rows, b.device), b)
+    update = conv(hidden, b.reshape(*b.shape, *[1] * dims), None, 1, 0, 1, groups)
+    if groups > 1 and part.rows is not None:
+        axis = update.dim() - dims - 1
+        update = update.index_select(axis, rows_index(part.rows, b.device))
+    return update * part.scale
+
+
+def _adapted(dims: int) -> Branch:
+    conv = _CONVS[dims]
+
+    def adapted_conv(
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        lora: LiveParts,
+    ) -> Tensor:
+        """Return the convolution plus its low-rank branches."""
+        result: Tensor = conv(input, weight, bias, stride, padding, dilation, groups)
+        for part in lora:
+            update = _low_rank_conv(
+                input, weight, part, stride=stride, padding=padding, dilation=dilation, groups=groups
+            )
+            result = add_rows(result, update, part.rows, result.dim() - dims - 1)
+        return result
+
+    adapted_conv.__name__ = adapted_conv.__qualname__ = f"adapted_conv{dims}d"
+    return adapted_conv
+
+
+adapted_conv1d = _adapted(1)
+adapted_conv2d = _adapted(2)
+adapted_conv3d = _adapted(3)
+
+
+class ConvKind(Kind):
+    """``F.conv1d/2d/3d`` and their modules."""
+
+    name = "conv"
+    ops = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """The low-rank branches by dimension."""
+        return {"conv1d": adapted_conv1d, "conv2d": adapted_conv2d, "conv3d": adapted_conv3d}
+
+    @property
+    def homes(self) -> tuple[type[nn.Module], ...]:
+        """The stock modules; ``padding_mode`` lies in the forward that is rewritten."""
+        return (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def operands(self, call: Call) -> tuple[Operand, ...]:
+        """The second argument is the weight, unless the convolution is transposed."""
+        weight = call.arg(1, "weight")
+        if not isinstance(weight, fx.Node):
+            return ()
+        if call.op == "convolution" and call.arg(6, "transposed", default=False):
+            return ()
+        shape = shape_of(weight)
+        axes = tuple(range(1, len(shape)))
+        return (
+            Operand(weight, call.arg(0, "input"), shape, out=(0,), inp=axes, channel=1 - len(shape)),
+        )
+
+    def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
+        """The weight of a stock convolution."""
+        if isinstance(module, self.homes):
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)  # noqa: S101 - narrows the type only
+            return {"weight": rows_form(tuple(weight.shape))}
+        return {}

@@ -1,0 +1,73 @@
+"""Embedding: ``y = W[ids]`` with ``W: (vocabulary, dim)``, a matrix ``(dim, vocabulary)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
+from lora_fx.matrix import MatrixForm, columns_form
+
+
+def adapted_embedding(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002 - the signature of F.embedding
+    sparse: bool = False,  # noqa: FBT001, FBT002
+    *,
+    lora: LiveParts,
+) -> Tensor:
+    """Return ``W0[ids] + sum over parts of scale * A^T[ids] B^T``."""
+    result = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    for part in lora:
+        hidden = F.embedding(input, part.a.t(), padding_idx, None, 2.0, scale_grad_by_freq)
+        result = add_rows(result, F.linear(hidden, part.b) * part.scale, part.rows, -1)
+    return result
+
+
+class EmbeddingKind(Kind):
+    """``F.embedding`` and ``nn.Embedding``: rows are the embedding's dimensions."""
+
+    name = "embedding"
+    ops = frozenset({"embedding"})
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """The low-rank branch of ``F.embedding``."""
+        return {"embedding": adapted_embedding}
+
+    @property
+    def homes(self) -> tuple[type[nn.Module], ...]:
+        """``nn.Embedding``."""
+        return (nn.Embedding,)
+
+    def operands(self, call: Call) -> tuple[Operand, ...]:
+        """``F.embedding(ids, weight)``; ``torch.embedding(weight, ids)`` has them the other way."""
+        first, second = call.arg(0, "input"), call.arg(1, "weight")
+        for weight, ids in ((second, first), (first, second)):
+            if isinstance(weight, fx.Node) and weight.meta.get("floating") and len(shape_of(weight)) == 2:
+                max_norm = call.arg(3, "max_norm")
+                unfit = (
+                    "max_norm rewrites the weight in the forward"
+                    if isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+                    else None
+                )
+                ids_node = ids if isinstance(ids, fx.Node) else None
+                return (Operand(weight, ids_node, shape_of(weight), out=(1,), inp=(0,), unfit=unfit),)
+        return ()
+
+    def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
+        """The weight of an ``nn.Embedding``."""
+        if isinstance(module, nn.Embedding):
+            return {"weight": columns_form(tuple(module.weight.shape))}
+        return {}
+
+    def unfit(self, module: nn.Module) -> str | None:
+        """``max_norm`` rewrites the weight in the forward."""
+        max_norm = getattr(module, "max_norm", None)
+        return None if max_norm is None else "max_norm rewrites the weight in the forward"

@@ -1,0 +1,246 @@
+"""The Plan: frozen decisions, one per site, the only thing that passes from deciding to rewriting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from lora_fx.errors import PlanError
+from lora_fx.matrix import Rows, row_count
+from lora_fx.sites import Site, rows_from_json
+
+PLAN_VERSION = 1
+
+Action = Literal["adapt", "skip", "train"]
+Form = Literal["branch", "weight", "mixed", "full"]
+"""How an adapter is computed: as a low-rank branch at every use, as an effective weight, as a branch
+at some uses and an effective weight at others, or (``full``) as a trained copy of the weight."""
+
+
+class Reason(StrEnum):
+    """Why a site was decided as it was: the closed list."""
+
+    RULE = "rule"  # the first rule that matched asks for it
+    TWIN = "twin"  # not reached by the run; decided as its structural twin
+    SKIP_RULE = "skip-rule"  # a Skip matched first
+    NO_RULE = "no-rule"  # no rule matched
+    NOT_REACHED = "not-reached"  # the run did not use it, and it has no twin
+    NO_EFFECT = "no-effect"  # its uses reach no output of the run
+    NOT_FLOAT = "not-float"  # its dtype cannot be trained
+    UNFIT = "unfit"  # the kind cannot be adapted; the detail says why
+    NO_BUDGET = "no-budget"  # the budget leaves no rank for it
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair ``A: (r, in)``, ``B: (rows, r)`` of a site; a fused weight has one per role.
+
+    ``role`` names it in files (None: the whole weight); ``rows`` are the output rows that it adapts
+    (None: all).
+    """
+
+    rank: int
+    role: str | None = None
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with one site, and why.
+
+    ``rule`` is the text of the rule that decided; ``detail`` completes ``reason`` in words; ``form``
+    and ``form_reason`` say how an adapter is computed. ``scale`` multiplies ``B @ A``.
+    """
+
+    site: Site
+    action: Action
+    reason: Reason
+    rule: str | None = None
+    detail: str = ""
+    form: Form | None = None
+    form_reason: str = ""
+    parts: tuple[Part, ...] = ()
+    alpha: float | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    dora: bool = False
+    init: str = "kaiming"
+
+    @property
+    def name(self) -> str:
+        """The site's qualified name."""
+        return self.site.name
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank among the parts, or None where nothing low-rank is trained."""
+        return max((part.rank for part in self.parts), default=None)
+
+    @property
+    def rows(self) -> Rows | None:
+        """The adapted output rows, or None for all of them."""
+        if not self.parts or any(part.rows is None for part in self.parts):
+            return None
+        return tuple(sorted({r for part in self.parts for r in part.rows or ()}))
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained numbers: ``r * (in + rows)`` per part and stacked matrix."""
+        form = self.site.form
+        if self.action == "train":
+            return _numel(self.site.shape)
+        stack = form.experts or 1
+        low = sum(p.rank * (form.in_features + row_count(p.rows, form)) for p in self.parts)
+        return stack * (low + (form.out_features if self.dora else 0))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, read back by ``from_json``."""
+        data = {k: v for k, v in vars(self).items() if k not in {"site", "parts"}}
+        data["reason"] = self.reason.value
+        data["site"] = self.site.to_json()
+        data["parts"] = [
+            {"role": p.role, "rank": p.rank, "rows": None if p.rows is None else [list(r) for r in p.rows]}
+            for p in self.parts
+        ]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Decision:
+        """Read what ``to_json`` wrote."""
+        fields = dict(data)
+        fields["reason"] = Reason(data["reason"])
+        fields["site"] = Site.from_json(data["site"])
+        fields["parts"] = tuple(
+            Part(rank=int(p["rank"]), role=p.get("role"), rows=rows_from_json(p.get("rows")))
+            for p in data.get("parts", ())
+        )
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A parameter that is no site (a bias, a norm's weight) and is trained in full, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about one model: frozen, serialisable, independent of the model's objects.
+
+    ``model`` is the class the plan was made for; ``examples`` says where the example inputs came
+    from (None: there were none, and the sites come from the module tree alone); ``notes`` hold
+    remarks such as the budget's arithmetic or a shadowed rule.
+    """
+
+    decisions: tuple[Decision, ...]
+    model: str = ""
+    examples: str | None = None
+    extras: tuple[Extra, ...] = ()
+    norm_stats: Literal["freeze", "train"] = "freeze"
+    notes: tuple[str, ...] = ()
+    base_parameters: int = 0
+    _index: dict[str, Decision] = field(
+        default_factory=dict[str, Decision], init=False, repr=False, compare=False, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        """Index the decisions by every name of their sites."""
+        for decision in self.decisions:
+            for name in (decision.name, *decision.site.names):
+                self._index[name] = decision
+
+    def __getitem__(self, name: str) -> Decision:
+        """Return the decision about the weight of this qualified name (tied names too)."""
+        if name not in self._index:
+            raise KeyError(name)
+        return self._index[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is a decision about the weight of this name."""
+        return name in self._index
+
+    @property
+    def adapted(self) -> tuple[Decision, ...]:
+        """The decisions that add a low-rank adapter."""
+        return tuple(d for d in self.decisions if d.action == "adapt")
+
+    @property
+    def trained(self) -> tuple[Decision, ...]:
+        """The decisions that train the whole parameter."""
+        return tuple(d for d in self.decisions if d.action == "train")
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained numbers, extras included."""
+        return sum(d.parameters for d in self.decisions if d.action != "skip") + sum(
+            _numel(e.shape) for e in self.extras
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; ``Plan.from_json`` reads it back equal."""
+        data = {
+            "plan_version": PLAN_VERSION,
+            "model": self.model,
+            "examples": self.examples,
+            "norm_stats": self.norm_stats,
+            "notes": list(self.notes),
+            "base_parameters": self.base_parameters,
+            "extras": [{**vars(e), "shape": list(e.shape)} for e in self.extras],
+            "decisions": [d.to_json() for d in self.decisions],
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanError: the text is not a plan, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data["plan_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(str(error)) from error
+        if version != PLAN_VERSION:
+            raise PlanError(
+                "the plan",
+                expected=f"plan_version {PLAN_VERSION}",
+                got=f"{version}",
+                advice="Make the plan again with this version of lora_fx.",
+            )
+        try:
+            return cls(
+                decisions=tuple(Decision.from_json(d) for d in data["decisions"]),
+                model=data["model"],
+                examples=data["examples"],
+                extras=tuple(Extra(**{**e, "shape": tuple(e["shape"])}) for e in data["extras"]),
+                norm_stats=data["norm_stats"],
+                notes=tuple(data["notes"]),
+                base_parameters=data["base_parameters"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _unreadable(got: str) -> PlanError:
+    return PlanError(
+        "the plan",
+        expected="JSON written by Plan.to_json",
+        got=got,
+        advice="Pass the text of a saved plan.",
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
