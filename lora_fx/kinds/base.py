@@ -71,7 +71,7 @@ class LivePart(NamedTuple):
     """What a branch computes with: ``y[..., rows] += scale * (dropout(x) A^T) B^T``.
 
     ``a`` is (r, in) or (E, r, in), ``b`` (rows, r) or (E, rows, r); ``dropout`` is the probability
-    in force now (0.0 outside training).
+    in force now (0.0 outside training). ``start`` is the frozen (A0, B0) whose product is taken off.
     """
 
     a: Tensor
@@ -79,6 +79,7 @@ class LivePart(NamedTuple):
     scale: float
     rows: Rows | None = None
     dropout: float = 0.0
+    start: tuple[Tensor, Tensor] | None = None
 
 
 LiveParts = tuple[LivePart, ...]
@@ -124,9 +125,20 @@ class Kind:
 
 
 def low_rank(x: Tensor, part: LivePart) -> Tensor:
-    """Return ``scale * (dropout(x) A^T) B^T`` for an input whose last axis is ``in``."""
+    """Return ``scale * (dropout(x) A^T) B^T`` for an input whose last axis is ``in``.
+
+    A and B are cast to the input's dtype, never the input up to theirs: a copy of every input in
+    float32 is what makes other libraries' half-precision branches large.
+    """
     x = F.dropout(x, part.dropout) if part.dropout else x
-    return F.linear(F.linear(x.to(part.a.dtype), part.a), part.b) * part.scale
+    update = _product(x, part.a, part.b)
+    if part.start is not None:
+        update = update - _product(x, *part.start)
+    return update * part.scale
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int) -> Tensor:

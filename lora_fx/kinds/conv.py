@@ -8,6 +8,7 @@ convolution with ``A`` as its kernel (the same stride, padding, dilation) and a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,37 +16,39 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lora_fx.kinds.base import Branch, Call, Kind, LivePart, LiveParts, Operand, add_rows, rows_index, shape_of
-from lora_fx.matrix import MatrixForm, rows_form
+from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def _low_rank_conv(
-    x: Tensor, weight: Tensor, part: LivePart, *, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    dims = weight.dim() - 2
+@dataclass(frozen=True)
+class _Geometry:
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
+def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, rows: Rows | None, how: _Geometry) -> Tensor:
+    """Return ``conv1x1(conv(x, A), B)``, on the named output channels alone."""
+    dims, rank, groups = weight.dim() - 2, a.shape[0], how.groups
     conv = _CONVS[dims]
-    x = F.dropout(x, part.dropout) if part.dropout else x
-    rank = part.a.shape[0]
-    kernel = part.a.reshape(rank, *weight.shape[1:])
-    hidden = conv(
-        x.to(kernel.dtype),
-        kernel.repeat(groups, *[1] * (dims + 1)) if groups > 1 else kernel,
-        None,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    b = part.b
-    if groups > 1 and part.rows is not None:
+    kernel = a.to(x.dtype).reshape(rank, *weight.shape[1:])
+    kernel = kernel.repeat(groups, *[1] * (dims + 1)) if groups > 1 else kernel
+    hidden = conv(x, kernel, None, how.stride, how.padding, how.dilation, groups)
+    index = None if groups == 1 or rows is None else rows_index(rows, b.device)
+    if index is not None:
         # A 1x1 grouped convolution needs every group's rows: put B's rows in their places.
-        full = b.new_zeros(weight.shape[0], rank)
-        b = full.index_add(0, rows_index(part.rows, b.device), b)
-    update = conv(hidden, b.reshape(*b.shape, *[1] * dims), None, 1, 0, 1, groups)
-    if groups > 1 and part.rows is not None:
-        axis = update.dim() - dims - 1
-        update = update.index_select(axis, rows_index(part.rows, b.device))
+        b = b.new_zeros(weight.shape[0], rank).index_add(0, index, b)
+    update: Tensor = conv(hidden, b.to(x.dtype).reshape(*b.shape, *[1] * dims), None, 1, 0, 1, groups)
+    return update if index is None else update.index_select(update.dim() - dims - 1, index)
+
+
+def _low_rank_conv(x: Tensor, weight: Tensor, part: LivePart, how: _Geometry) -> Tensor:
+    x = F.dropout(x, part.dropout) if part.dropout else x
+    update = _product(x, weight, part.a, part.b, part.rows, how)
+    if part.start is not None:
+        update = update - _product(x, weight, *part.start, part.rows, how)
     return update * part.scale
 
 
@@ -66,9 +69,7 @@ def _adapted(dims: int) -> Branch:
         """Return the convolution plus its low-rank branches."""
         result: Tensor = conv(input, weight, bias, stride, padding, dilation, groups)
         for part in lora:
-            update = _low_rank_conv(
-                input, weight, part, stride=stride, padding=padding, dilation=dilation, groups=groups
-            )
+            update = _low_rank_conv(input, weight, part, _Geometry(stride, padding, dilation, groups))
             result = add_rows(result, update, part.rows, result.dim() - dims - 1)
         return result
 

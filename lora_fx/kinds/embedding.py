@@ -25,9 +25,15 @@ def adapted_embedding(
     """Return ``W0[ids] + sum over parts of scale * A^T[ids] B^T``."""
     result = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     for part in lora:
-        hidden = F.embedding(input, part.a.t(), padding_idx, None, 2.0, scale_grad_by_freq)
-        result = add_rows(result, F.linear(hidden, part.b) * part.scale, part.rows, -1)
+        update = _looked_up(input, part.a, part.b, padding_idx, scale_grad_by_freq)
+        if part.start is not None:
+            update = update - _looked_up(input, *part.start, padding_idx, scale_grad_by_freq)
+        result = add_rows(result, update * part.scale, part.rows, -1)
     return result
+
+
+def _looked_up(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None, by_freq: bool) -> Tensor:  # noqa: FBT001
+    return F.linear(F.embedding(ids, a.t(), padding_idx, None, 2.0, by_freq), b)
 
 
 class EmbeddingKind(Kind):
