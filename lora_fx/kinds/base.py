@@ -105,6 +105,11 @@ class Kind:
         return {}
 
     @property
+    def branch_weight(self) -> Mapping[str, int]:
+        """The weight's position among the arguments of a branch's operation, where it is not 1."""
+        return {}
+
+    @property
     def homes(self) -> tuple[type[nn.Module], ...]:
         """Module classes whose own ``forward`` is safe to rewrite (facts: stock forwards only)."""
         return ()

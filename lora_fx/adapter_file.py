@@ -1,0 +1,152 @@
+"""The adapter file, format version 1: one ``.safetensors`` file, no pickle.
+
+Tensors are named after the base weight that they change::
+
+    <weight>/A  <weight>/B                  (r, in) and (out, r); (E, r, in) and (E, out, r) in stacks
+    <weight>/<role>/A  <weight>/<role>/B    where only the rows of a role are adapted
+    .../A_start  .../B_start                the frozen start, where the initialisation has one
+    <weight>/magnitude                      DoRA's row norms, (out,)
+    <parameter>/full                        a parameter trained in full, in its own shape
+
+The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
+and ``fingerprints`` (base weight -> shape, dtype, SHA-256).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from lora_fx.errors import AdapterFileError, BaseMismatchError
+from lora_fx.files import atomic_write
+from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
+from lora_fx.kinds.base import LivePart
+from lora_fx.kinds.effective import effective_weight
+from lora_fx.plans import Decision, Plan
+
+FORMAT = "lora_fx"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter outside of any model: its plan, the base it belongs to, its tensors."""
+
+    plan: Plan
+    fingerprints: Mapping[str, Fingerprint]
+    tensors: Mapping[str, Tensor]
+
+    def write(self, path: str | Path) -> None:
+        """Write the file: under a temporary name in the same folder, synced, renamed."""
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "plan": self.plan.to_json(),
+            "fingerprints": json.dumps({k: f.to_json() for k, f in self.fingerprints.items()}),
+        }
+        tensors = {k: t.detach().to("cpu").contiguous() for k, t in self.tensors.items()}
+        atomic_write(Path(path), safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def read(cls, path: str | Path) -> AdapterFile:
+        """Read a file that ``write`` wrote.
+
+        Raises:
+            AdapterFileError: not there, damaged, not an adapter, or of another version.
+            PlanError: the plan in it cannot be read.
+        """
+        metadata, tensors = _open(Path(path))
+        if metadata.get("format") != FORMAT:
+            raise _bad(path, f"format {metadata.get('format')!r}", "Pass a file that save_adapter wrote.")
+        version = metadata.get("format_version")
+        if version != str(FORMAT_VERSION):
+            raise _bad(path, f"format_version {version}", "Read it with the lora_fx that wrote it.")
+        try:
+            prints = json.loads(metadata["fingerprints"])
+            fingerprints = {k: Fingerprint.from_json(v) for k, v in prints.items()}
+            plan = Plan.from_json(metadata["plan"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _bad(path, f"a damaged header ({error})", "Save the adapter again.") from error
+        found = cls(plan, fingerprints, tensors)
+        missing = [key for key in found.expected() if key not in tensors]
+        if missing:
+            raise _bad(path, f"no tensor {missing[0]!r}", "Save the adapter again.")
+        return found
+
+    def expected(self) -> tuple[str, ...]:
+        """Return the names of the tensors that the plan asks for."""
+        names: list[str] = []
+        for decision in self.plan.adapted:
+            for part in decision.parts:
+                names += [tensor_key(decision.name, part.role, "A"), tensor_key(decision.name, part.role, "B")]
+            if decision.dora:
+                names.append(tensor_key(decision.name, None, "magnitude"))
+        full = [d.name for d in self.plan.trained] + [e.name for e in self.plan.extras]
+        return (*names, *(tensor_key(name, None, "full") for name in full))
+
+    def check_base(self, weights: Mapping[str, Tensor], check: BaseCheck = "exact") -> None:
+        """Refuse another base.
+
+        Raises:
+            BaseMismatchError: a weight is missing, or differs from its fingerprint.
+        """
+        wrong: list[str] = []
+        for name, stored in self.fingerprints.items():
+            gap = "not there" if name not in weights else differs(weights[name], stored, check)
+            if gap is not None:
+                wrong.append(f"{name}: {gap}")
+        if wrong:
+            raise BaseMismatchError(
+                "the base model",
+                expected="the base that the adapter was trained on",
+                got=f"{len(wrong)} of {len(self.fingerprints)} weights differ ({'; '.join(wrong[:3])})",
+                advice='Load that base, or pass base_check="values" (another precision) or "shape".',
+            )
+
+    def effective(self, name: str, base: Tensor) -> Tensor:
+        """Return ``W`` for a base weight that the adapter changes, by its name in the plan."""
+        full = self.tensors.get(tensor_key(name, None, "full"))
+        if full is not None:
+            return full.to(base.dtype)
+        decision = self.plan[name]
+        parts = tuple(self._part(decision, part.role, part.rows) for part in decision.parts)
+        magnitude = self.tensors.get(tensor_key(decision.name, None, "magnitude"))
+        return effective_weight(base, decision.site.form, parts, magnitude)
+
+    def _part(self, decision: Decision, role: str | None, rows: Any) -> LivePart:
+        def get(field: str) -> Tensor | None:
+            return self.tensors.get(tensor_key(decision.name, role, field))
+
+        start_a, start_b = get("A_start"), get("B_start")
+        start = None if start_a is None or start_b is None else (start_a, start_b)
+        a = self.tensors[tensor_key(decision.name, role, "A")]
+        b = self.tensors[tensor_key(decision.name, role, "B")]
+        return LivePart(a, b, decision.scale, rows, 0.0, start)
+
+
+def tensor_key(weight: str, role: str | None, field: str) -> str:
+    """Return a tensor's name in the file: ``weight/A`` or ``weight/q/A``."""
+    return f"{weight}/{field}" if role is None else f"{weight}/{role}/{field}"
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise _bad(path, "no such file", "Check the path.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _bad(path, f"a damaged file ({error})", "Copy or save it again.") from error
+
+
+def _bad(path: str | Path, got: str, advice: str) -> AdapterFileError:
+    return AdapterFileError(
+        str(path), expected=f"a lora_fx adapter, format_version {FORMAT_VERSION}", got=got, advice=advice
+    )

@@ -1,0 +1,66 @@
+"""Fingerprints of base weights: what tells one base model from another of equal shapes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BaseCheck = Literal["exact", "values", "shape"]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Shape, dtype and SHA-256 of a weight's bytes (row-major, little-endian)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, read back by ``from_json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Fingerprint:
+        """Read what ``to_json`` wrote."""
+        return cls(tuple(data["shape"]), data["dtype"], data["sha256"])
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return ``"float32"`` for ``torch.float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """Return the fingerprint of a weight; one on the meta device has an empty hash."""
+    import torch
+
+    shape = tuple(tensor.shape)
+    if tensor.device.type == "meta":
+        return Fingerprint(shape, dtype_name(tensor), "")
+    data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+    return Fingerprint(shape, dtype_name(tensor), hashlib.sha256(data.numpy().data).hexdigest())
+
+
+def differs(weight: Tensor, stored: Fingerprint, check: BaseCheck) -> str | None:
+    """Say how a weight differs from a stored fingerprint; None: it does not.
+
+    ``exact``: shape, dtype and every bit; ``values``: the weight, cast to the stored dtype, has the
+    stored bits (trained on a half-precision copy, folded into the original); ``shape``: shape alone.
+    """
+    import torch
+
+    if tuple(weight.shape) != stored.shape:
+        return f"shape {tuple(weight.shape)}, not {stored.shape}"
+    if check == "shape" or not stored.sha256:
+        return None
+    if check == "values":
+        weight = weight.detach().to(getattr(torch, stored.dtype))
+    found = fingerprint(weight)
+    if found.dtype != stored.dtype:
+        return f"dtype {found.dtype}, not {stored.dtype}"
+    return None if found.sha256 == stored.sha256 else "other values"

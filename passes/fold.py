@@ -1,0 +1,175 @@
+"""Fold: the effective weights in the base's place, for a while or for good.
+
+The delta is added in float32 or wider, once, out of place, and cast once; ``W0`` is never recovered
+by subtraction. Inside ``folded`` and ``base_only`` the modules run their original classes and
+forwards, so what is exported there is the base model's own graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.errors import AdapterValueError
+from lora_fx.passes import graph_module
+from lora_fx.passes.remove import unload
+from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, effective, injected, raw
+from lora_fx.passes.subclass import attach, detach
+from lora_fx.passes.switch import adapter_sites, record_of, require
+
+
+@dataclass(frozen=True)
+class Change:
+    """One parameter that folding changes: all its names, ``W0`` and ``W``, same shape and dtype."""
+
+    names: tuple[str, ...]
+    before: Tensor
+    after: Tensor
+
+
+def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change]:
+    """Return what folding the adapter would change, by the parameters' first qualified names.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+        AdapterValueError: an adapter holds NaN or infinity, or ``W`` overflows the weight's dtype.
+    """
+    _, name = require(model, adapter)
+    found: dict[int, Change] = {}
+    with torch.no_grad():
+        for path, module, attribute, spec in adapter_sites(model, name):
+            base = raw(module, attribute)
+            qualified = f"{path}.{attribute}" if path else attribute
+            if id(base) in found:
+                old = found[id(base)]
+                found[id(base)] = Change((*old.names, qualified), old.before, old.after)
+                continue
+            for key in spec.names:
+                _check_finite(raw(module, key), f"{qualified} ({key})")
+            after = effective(module, attribute, spec)
+            if bool(base.isfinite().all()):
+                _check_finite(after, qualified)
+            found[id(base)] = Change((qualified,), base.detach(), after.detach())
+    return {change.names[0]: change for change in found.values()}
+
+
+def _check_finite(tensor: Tensor, where: str) -> None:
+    if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
+        raise AdapterValueError(
+            where,
+            expected="finite values",
+            got="NaN or infinity",
+            advice="The training diverged, or the file is damaged: go back to an earlier adapter.",
+        )
+
+
+@contextmanager
+def folded(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Module]:
+    """Inside, the model is the base model with ``W`` in place of ``W0``; bitwise restored afterwards.
+
+    Normalisations that inject froze stay frozen, so that the function is the injected model's in
+    train mode too.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+        AdapterValueError: an adapter holds NaN or infinity.
+    """
+    new = {name: change.after for change in changes(model, adapter).values() for name in change.names}
+    with _as_base(model, new):
+        yield model
+
+
+@contextmanager
+def base_only(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is the base model: original classes, forwards and parameters, no adapters."""
+    with _as_base(model, {}):
+        yield model
+
+
+@dataclass
+class _Held:
+    """What one module is put back to."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    binding: Any
+
+
+@contextmanager
+def _as_base(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    record = injected(model)
+    if record is None:
+        yield
+        return
+    saved = [
+        _Held(module, dict(module._parameters), held)  # noqa: SLF001
+        for module in model.modules()
+        if (held := binding(module)) is not None
+    ]
+    try:
+        _strip(model, saved, record)
+        _place(model, weights)
+        yield
+    finally:
+        _restore(model, saved, record)
+
+
+def _strip(model: nn.Module, saved: list[_Held], record: Injected) -> None:
+    del model.__dict__[INJECTED]
+    if isinstance(model, fx.GraphModule) and record.graph is not None:
+        model.graph, record.graph = record.graph, model.graph
+        model.recompile()
+    for held in saved:
+        module = held.module
+        detach(module)
+        del module.__dict__[BINDING]
+        if held.binding.frozen_norm:
+            module.__dict__[BINDING] = Binding(record.state, type(module), frozen_norm=True)
+            attach(module)
+        for specs in held.binding.sites.values():
+            for spec in specs.values():
+                for name in spec.names:
+                    module._parameters.pop(name, None)  # noqa: SLF001
+
+
+def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    shared: dict[int, nn.Parameter] = {}
+    for name, weight in weights.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters[attribute]  # noqa: SLF001
+        if id(weight) not in shared:
+            shared[id(weight)] = nn.Parameter(weight, requires_grad=bool(old is not None and old.requires_grad))
+        module._parameters[attribute] = shared[id(weight)]  # noqa: SLF001
+
+
+def _restore(model: nn.Module, saved: list[_Held], record: Injected) -> None:
+    model.__dict__[INJECTED] = record
+    for held in saved:
+        held.module._parameters.clear()  # noqa: SLF001
+        held.module._parameters.update(held.parameters)  # noqa: SLF001
+        held.module.__dict__[BINDING] = held.binding
+        attach(held.module)
+    if isinstance(model, fx.GraphModule) and record.graph is not None:
+        model.graph, record.graph = record.graph, model.graph
+        model.recompile()
+
+
+def fold(model: nn.Module, adapter: str | None = None) -> nn.Module:
+    """Put ``W`` in the base's place for good and take all adapters out (peft: merge_and_unload).
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+        AdapterValueError: an adapter holds NaN or infinity; the model is left as it was.
+    """
+    found = changes(model, adapter)
+    record_of(model)
+    unload(model)
+    new = {name: change.after for change in found.values() for name in change.names}
+    _place(model, new)
+    return model

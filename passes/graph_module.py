@@ -1,0 +1,38 @@
+"""A GraphModule or an exported program's module is rewritten in its own graph."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx
+
+from lora_fx.passes.runtime import Injected, binding
+from lora_fx.passes.stock_forward import rewrite
+
+
+def rewrite_graph(model: fx.GraphModule, record: Injected) -> None:
+    """Replace, in the user's graph, every call on an adapted weight that has a branch.
+
+    Other reads of the weight go through the owner's property, so nothing is lost where there is none.
+    """
+    if record.graph is None:
+        record.graph = copy.deepcopy(model.graph)
+    else:
+        model.graph = copy.deepcopy(record.graph)
+    adapted = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if (held := binding(module)) is not None
+        for name, specs in held.sites.items()
+        if any(spec.low_rank for spec in specs.values())
+    }
+    rewrite(model.graph, adapted)
+    model.recompile()
+
+
+def restore_graph(model: fx.GraphModule, record: Injected) -> None:
+    """Give the module its own graph back."""
+    if record.graph is not None:
+        model.graph = record.graph
+        model.recompile()
+        record.graph = None

@@ -1,0 +1,253 @@
+"""Insert: rewrite the model by the Plan. Nothing is decided here.
+
+Every adapted weight gets its A and B as Parameters on each module that owns it, and each owner the
+dynamic subclass through which it reads ``W`` and, where its forward is stock, computes the branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.errors import AdapterNameError, PlanError
+from lora_fx.kinds import KINDS
+from lora_fx.kinds.effective import row_norms
+from lora_fx.matrix import MatrixForm
+from lora_fx.passes import graph_module
+from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
+from lora_fx.passes.norms import freeze_norms
+from lora_fx.passes.remove import remove
+from lora_fx.passes.runtime import (
+    BINDING,
+    INJECTED,
+    AdapterState,
+    Binding,
+    Injected,
+    PartSpec,
+    SiteSpec,
+    binding,
+    injected,
+    raw,
+)
+from lora_fx.passes.stock_forward import rewrite, trace_stock
+from lora_fx.passes.subclass import attach, stock_class
+from lora_fx.passes.switch import apply_trainability
+from lora_fx.plans import Decision, Plan
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One module that holds a weight, under one attribute name."""
+
+    module: nn.Module
+    attribute: str
+
+
+Owners = Mapping[str, tuple[Owner, ...]]
+
+
+def owners(model: nn.Module) -> Owners:
+    """Return every module that holds each parameter, by every qualified name, tied ones included."""
+    held: dict[int, list[Owner]] = {}
+    names: dict[str, int] = {}
+    seen: set[tuple[int, str]] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():  # noqa: SLF001
+            if parameter is None:
+                continue
+            names[f"{path}.{attribute}" if path else attribute] = id(parameter)
+            if (id(module), attribute) not in seen:
+                seen.add((id(module), attribute))
+                held.setdefault(id(parameter), []).append(Owner(module, attribute))
+    return {name: tuple(held[key]) for name, key in names.items()}
+
+
+def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) -> None:
+    """Rewrite the model, in place, so that it trains the plan's adapters under this name.
+
+    The first adapter of a model is active, later ones are added inactive. On an error the model is
+    left as it was.
+
+    Raises:
+        AdapterNameError: there is an adapter of this name, or it cannot be part of a parameter's name.
+        PlanError: the plan does not fit the model.
+    """
+    record = injected(model)
+    check_name(adapter, record)
+    holders = owners(model)
+    check_fit(plan, holders)
+    if record is None:
+        record = _new_record(model)
+    record.plans[adapter] = plan
+    record.trainable[adapter] = True
+    try:
+        _rewrite(model, plan, adapter, record, holders, _generator(seed))
+    except BaseException:
+        remove(model, adapter)
+        raise
+    if record.state.active is None:
+        record.state.active = adapter
+    apply_trainability(model, record)
+
+
+def check_name(adapter: str, record: Injected | None) -> None:
+    """Refuse a name that is taken or that cannot be part of a parameter's name."""
+    if record is not None and adapter in record.plans:
+        raise AdapterNameError(
+            f"adapter {adapter!r}",
+            expected="a name that the model does not have yet",
+            got=f"adapters {sorted(record.plans)}",
+            advice="Choose another name, or unload this adapter first.",
+        )
+    if not adapter or not adapter.replace("-", "_").isidentifier() or "__" in adapter:
+        raise AdapterNameError(
+            f"adapter {adapter!r}",
+            expected="letters, digits, single underscores and hyphens, not starting with a digit",
+            got=repr(adapter),
+            advice="Rename the adapter.",
+        )
+
+
+def check_fit(plan: Plan, holders: Owners) -> None:
+    """Refuse a plan whose parameters the model does not have, or has in another shape."""
+    wanted = {d.name: d.site.shape for d in (*plan.adapted, *plan.trained)}
+    wanted.update({e.name: e.shape for e in plan.extras})
+    problems: list[str] = []
+    for name, shape in wanted.items():
+        if name not in holders:
+            problems.append(f"{name} is not there")
+            continue
+        owner = holders[name][0]
+        found = tuple(raw(owner.module, owner.attribute).shape)
+        if found != tuple(shape):
+            problems.append(f"{name} is {found}, planned {tuple(shape)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise PlanError(
+            "the plan",
+            expected="every planned parameter in the model, in the planned shape",
+            got=shown,
+            advice="Make the plan on this model, or load the model that the plan was made on.",
+        )
+
+
+def _new_record(model: nn.Module) -> Injected:
+    record = Injected(AdapterState())
+    record.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    model.__dict__[INJECTED] = record
+    return record
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    """Seed from the caller's number, or from torch's own random state, which moves by one draw."""
+    seed = int(torch.randint(2**62, (1,), device="cpu").item()) if seed is None else seed
+    return torch.Generator().manual_seed(seed)
+
+
+def _rewrite(
+    model: nn.Module,
+    plan: Plan,
+    adapter: str,
+    record: Injected,
+    holders: Owners,
+    generator: torch.Generator,
+) -> None:
+    touched: dict[int, nn.Module] = {}
+    for decision in (*plan.adapted, *plan.trained):
+        _add(holders[decision.name], decision, adapter, record, generator)
+        touched.update({id(o.module): o.module for o in holders[decision.name]})
+    for extra in plan.extras:
+        _add(holders[extra.name], None, adapter, record, generator)
+        touched.update({id(o.module): o.module for o in holders[extra.name]})
+    for module in touched.values():
+        choose_branches(module)
+        attach(module)
+    if isinstance(model, fx.GraphModule):
+        graph_module.rewrite_graph(model, record)
+    if plan.norm_stats == "freeze":
+        freeze_norms(model, record.state)
+
+
+def _add(
+    held: tuple[Owner, ...],
+    decision: Decision | None,
+    adapter: str,
+    record: Injected,
+    generator: torch.Generator,
+) -> None:
+    """Register one weight's adapter on every owner: the same Parameters, so that they stay tied."""
+    first = held[0]
+    weight = raw(first.module, first.attribute)
+    if decision is None or decision.action == "train":
+        tensors = {"full": as_parameter(weight.detach().to(adapter_dtype(weight.dtype)))}
+    else:
+        tensors = _adapter_tensors(decision, weight, generator)
+    for owner in held:
+        names = {key: f"lora_{key}__{owner.attribute}__{adapter}" for key in tensors}
+        for key, parameter in tensors.items():
+            owner.module.register_parameter(names[key], parameter)
+        spec = _spec(decision, names)
+        bind(owner.module, record.state).sites.setdefault(owner.attribute, {})[adapter] = spec
+
+
+def bind(module: nn.Module, state: AdapterState) -> Binding:
+    """Return the module's Binding, making an empty one where there is none."""
+    held = binding(module)
+    if held is None:
+        held = Binding(state, type(module))
+        module.__dict__[BINDING] = held
+    return held
+
+
+def part_key(role: str | None, field: str) -> str:
+    """Return the key of a part's tensor: ``A``, or ``A_q`` for the part of a role."""
+    return field if role is None else f"{field}_{role.replace('+', '_')}"
+
+
+def _adapter_tensors(
+    decision: Decision, weight: Tensor, generator: torch.Generator
+) -> dict[str, nn.Parameter]:
+    tensors: dict[str, nn.Parameter] = {}
+    for part in decision.parts:
+        begin = start(decision, part, weight, generator)
+        tensors[part_key(part.role, "A")] = as_parameter(begin.a)
+        tensors[part_key(part.role, "B")] = as_parameter(begin.b)
+        if begin.frozen:
+            tensors[part_key(part.role, "A0")] = as_parameter(begin.a, trainable=False)
+            tensors[part_key(part.role, "B0")] = as_parameter(begin.b, trainable=False)
+    if decision.dora:
+        wide = weight.detach().to(adapter_dtype(weight.dtype))
+        tensors["magnitude"] = as_parameter(row_norms(wide, decision.site.form))
+    return tensors
+
+
+def _spec(decision: Decision | None, names: Mapping[str, str]) -> SiteSpec:
+    if decision is None or decision.action == "train":
+        return SiteSpec(form=None, full=names["full"])
+    parts = tuple(
+        PartSpec(
+            a=names[part_key(part.role, "A")],
+            b=names[part_key(part.role, "B")],
+            rows=part.rows,
+            start_a=names.get(part_key(part.role, "A0")),
+            start_b=names.get(part_key(part.role, "B0")),
+        )
+        for part in decision.parts
+    )
+    form: MatrixForm = decision.site.form
+    return SiteSpec(form, parts, decision.scale, decision.dropout, magnitude=names.get("magnitude"))
+
+
+def choose_branches(module: nn.Module) -> None:
+    """Note which of the module's adapted weights its stock forward can compute as branches."""
+    held: Binding = module.__dict__[BINDING]
+    low_rank = {name for name, specs in held.sites.items() if any(s.low_rank for s in specs.values())}
+    homes = tuple(home for kind in KINDS for home in kind.homes)
+    cls = stock_class(module, homes)
+    if cls is None or not low_rank or held.frozen_norm:
+        held.branched = frozenset()
+        return
+    held.branched = rewrite(trace_stock(module, held.base_class), low_rank)

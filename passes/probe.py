@@ -1,0 +1,240 @@
+"""Probe: does every adapter act exactly as its delta on the weight would?
+
+All adapters are filled with random values and the injected model is run; then the same delta is
+added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run.
+The two outputs must agree. Every adapter must also receive a gradient. Everything is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import ProbeError
+from lora_fx.passes.fold import changes
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
+from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
+
+Runner = Callable[[], Any]
+
+_PROBE_SIZE = 0.1
+"""The probe's delta, as a share of the weight's own norm."""
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest allowed |injected - reference| / |reference| by norm, per dtype of the output."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The largest relative difference seen, and the weights whose adapter had no gradient."""
+
+    difference: float
+    without_effect: tuple[str, ...]
+
+
+def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
+    """Check one adapter on one run of the model.
+
+    Raises:
+        ProbeError: an adapter has another effect than its delta on the weight, or none.
+    """
+    with held_active(model, adapter), preserved(model), random_adapters(model, adapter):
+        return _probe(model, adapter, run)
+
+
+@contextmanager
+def held_active(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Inside, this adapter is active and its own dropout is off."""
+    record = injected(model)
+    if record is None:
+        raise RuntimeError("an injected model is needed")
+    before = vars(record.state).copy()
+    record.state.active, record.state.enabled, record.state.dropout = adapter, True, False
+    try:
+        yield
+    finally:
+        vars(record.state).update(before)
+
+
+def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
+    outputs, silent = _run_with_gradients(model, adapter, run)
+    if silent:
+        raise ProbeError(
+            ", ".join(silent[:5]),
+            expected="a gradient for every adapter",
+            got="none: the output does not depend on it",
+            advice="Skip these weights, or pass example inputs that use them (more than one token, say).",
+        )
+    reference = _run_with_weights_replaced(model, adapter, run)
+    difference, tolerance = compare(outputs, reference)
+    if difference > tolerance:
+        raise ProbeError(
+            _disagreeing(model, adapter, run) or "the adapters together",
+            expected=f"the effect of adding the delta to the weight, to {tolerance:g}",
+            got=f"a relative difference of {difference:.3g}",
+            advice="The weight is read past its module (a cached view, a list): Skip it, and please report it.",
+        )
+    return ProbeResult(difference, ())
+
+
+def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[list[Tensor], list[str]]:
+    """Run the injected model; return its outputs and the weights whose adapter had no gradient."""
+    sites = list(_sites(model, adapter))
+    parameters = {name: _sensitive(module, spec) for name, module, _, spec in sites}
+    wanted = list({id(p): p for ps in parameters.values() for p in ps}.values())
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        outputs = float_leaves(run())
+        live = [o for o in outputs if o.requires_grad]
+        total = sum((o * _weights_like(o)).sum() for o in live) if live else None
+    if not isinstance(total, Tensor):
+        return [o.detach() for o in outputs], list(parameters)
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    moved = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
+    silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
+    return [o.detach() for o in outputs], silent
+
+
+def _sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:
+    for path, module, attribute, spec in adapter_sites(model, adapter):
+        yield (f"{path}.{attribute}" if path else attribute), module, attribute, spec
+
+
+def _sensitive(module: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
+    return [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
+
+
+def _weights_like(output: Tensor) -> Tensor:
+    """Uneven weights, so that no symmetry (a softmax's rows sum to one) hides a gradient."""
+    steps = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
+    return torch.cos(steps * 0.7 + 0.3).reshape(output.shape).to(output.dtype)
+
+
+def _run_with_weights_replaced(
+    model: nn.Module, adapter: str, run: Runner, only: str | None = None
+) -> list[Tensor]:
+    """Run the base with ``W`` written into the very tensors of ``W0``, then write the bits back."""
+    found = changes(model, adapter)
+    kept = {name: change.before.clone() for name, change in found.items()}
+    try:
+        for name, change in found.items():
+            if only is None or only in change.names:
+                change.before.copy_(change.after)
+        with disable_adapter(model), torch.no_grad():
+            return float_leaves(run())
+    finally:
+        for name, change in found.items():
+            change.before.copy_(kept[name])
+
+
+def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
+    """Name the weights that disagree, one at a time with all other adapters at zero."""
+    found: list[str] = []
+    for name, module, attribute, _ in list(_sites(model, adapter)):
+        with _silenced(model, adapter, raw(module, attribute)), torch.no_grad():
+            outputs = [o.detach() for o in float_leaves(run())]
+            reference = _run_with_weights_replaced(model, adapter, run, only=name)
+        difference, tolerance = compare(outputs, reference)
+        if difference > tolerance:
+            found.append(name)
+    return ", ".join(found[:5]) or None
+
+
+@contextmanager
+def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Iterator[None]:
+    """Inside, every other weight's adapter is at its start."""
+    saved: list[tuple[dict[str, SiteSpec], SiteSpec]] = []
+    for _, module, attribute, _ in list(adapter_sites(model, adapter)):
+        if raw(module, attribute) is keep:
+            continue
+        specs = module.__dict__[BINDING].sites[attribute]
+        saved.append((specs, specs.pop(adapter)))
+    try:
+        yield
+    finally:
+        for specs, spec in saved:
+            specs[adapter] = spec
+
+
+@contextmanager
+def random_adapters(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Inside, every adapter is random, with a delta of a tenth of its weight's norm."""
+    generator = torch.Generator().manual_seed(0)
+    kept: dict[int, tuple[nn.Parameter, Tensor, bool]] = {}
+    try:
+        for _, module, attribute, spec in adapter_sites(model, adapter):
+            for parameter in _sensitive(module, spec):
+                if id(parameter) not in kept:
+                    kept[id(parameter)] = (parameter, parameter.detach().clone(), parameter.requires_grad)
+            _randomise(module, attribute, spec, generator, fresh=kept)
+        yield
+    finally:
+        for parameter, value, flag in kept.values():
+            with torch.no_grad():
+                parameter.copy_(value)
+            parameter.requires_grad_(flag)
+
+
+def _randomise(
+    module: nn.Module,
+    attribute: str,
+    spec: SiteSpec,
+    generator: torch.Generator,
+    fresh: Mapping[int, Any],
+) -> None:
+    base = raw(module, attribute).detach()
+    with torch.no_grad():
+        if spec.full is not None:
+            full = raw(module, spec.full)
+            noise = torch.randn(full.shape, generator=generator, dtype=torch.float32)
+            scale = max(float(base.float().std(correction=0)), 1e-2) * _PROBE_SIZE
+            full.copy_(base + noise.to(full.device, full.dtype) * scale)
+            return
+        for part in spec.parts:
+            b = raw(module, part.b)
+            noise = torch.randn(b.shape, generator=generator, dtype=torch.float32)
+            b.copy_(noise.to(b.device, b.dtype))
+        delta = (effective(module, attribute, spec) - base).float()
+        size = float(delta.norm())
+        target = _PROBE_SIZE * max(float(base.float().norm()), 1e-2 * base.numel() ** 0.5)
+        for part in spec.parts:
+            if size > 0:
+                raw(module, part.b).mul_(target / size)
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of an output, in order, whatever holds them."""
+    leaves = pytree.tree_leaves(plain(output))
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def plain(value: Any) -> Any:
+    """Turn dataclass-like outputs into dictionaries, so that their tensors can be found."""
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, dict):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value
+
+
+def compare(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, float]:
+    """Return the largest |difference| / |reference| by norm, and the tolerance of its dtype."""
+    worst, tolerance = 0.0, _TOLERANCE[torch.float32]
+    if len(outputs) != len(reference):
+        return float("inf"), tolerance
+    for found, wanted in zip(outputs, reference, strict=True):
+        if found.shape != wanted.shape:
+            return float("inf"), tolerance
+        finite = wanted.isfinite()
+        wide = torch.promote_types(wanted.dtype, torch.float32)
+        gap = torch.where(finite, (found - wanted).to(wide), 0).norm()
+        ratio = float(gap / torch.where(finite, wanted.to(wide), 0).norm().clamp_min(1e-30))
+        limit = _TOLERANCE.get(wanted.dtype, _TOLERANCE[torch.float32])
+        if ratio / limit > worst / tolerance:
+            worst, tolerance = ratio, limit
+    return worst, tolerance

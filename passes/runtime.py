@@ -1,0 +1,187 @@
+"""What an injected model carries: which adapters there are, which is active, and how to read them.
+
+Nothing here holds a tensor or a module: adapters are ordinary Parameters registered on the modules
+that own the adapted weights, and are looked up by name at each use, so that ``.to``, ``deepcopy``,
+``functional_call``, sharding and checkpoints see them as they see any other parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lora_fx.kinds.base import LivePart, LiveParts
+from lora_fx.kinds.effective import effective_weight
+from lora_fx.matrix import MatrixForm, Rows
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from lora_fx.plans import Plan
+
+BINDING = "_lora_fx_binding"
+"""The ``__dict__`` key under which an adapted module keeps its Binding."""
+INJECTED = "_lora_fx"
+"""The ``__dict__`` key under which an injected model keeps its Injected record."""
+
+
+@dataclass
+class AdapterState:
+    """The switch that every adapted module of one model shares.
+
+    ``dropout`` is False while the adapters' own dropout is held off (probing, verifying).
+    """
+
+    active: str | None = None
+    enabled: bool = True
+    dropout: bool = True
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """One part of one adapter on one weight: the names of its Parameters on the owner.
+
+    ``start_a`` and ``start_b`` name the frozen start where the initialisation needs one.
+    """
+
+    a: str
+    b: str
+    rows: Rows | None = None
+    start_a: str | None = None
+    start_b: str | None = None
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """How one adapter changes one weight; all names are of Parameters on the owner.
+
+    ``full`` names the trained copy that stands in for the weight, ``magnitude`` DoRA's row norms.
+    """
+
+    form: MatrixForm | None
+    parts: tuple[PartSpec, ...] = ()
+    scale: float = 1.0
+    dropout: float = 0.0
+    full: str | None = None
+    magnitude: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every Parameter of this adapter on the owner."""
+        names = [n for p in self.parts for n in (p.a, p.b, p.start_a, p.start_b)]
+        return tuple(n for n in (*names, self.full, self.magnitude) if n is not None)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the change is a plain sum of low-rank parts, which a branch can compute."""
+        return self.full is None and self.magnitude is None
+
+
+@dataclass
+class Binding:
+    """What an adapted module keeps: its own class, its weights' adapters, what was replaced."""
+
+    state: AdapterState
+    base_class: type[nn.Module]
+    sites: dict[str, dict[str, SiteSpec]] = field(default_factory=dict[str, "dict[str, SiteSpec]"])
+    branched: frozenset[str] = frozenset()
+    frozen_norm: bool = False
+    rebound: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def active(self, name: str) -> SiteSpec | None:
+        """Return the active adapter's spec for one of the module's weights, if there is one."""
+        if not self.state.enabled or self.state.active is None:
+            return None
+        return self.sites.get(name, {}).get(self.state.active)
+
+
+@dataclass
+class Injected:
+    """What an injected model keeps at its root."""
+
+    state: AdapterState
+    plans: dict[str, Plan] = field(default_factory=dict[str, "Plan"])
+    trainable: dict[str, bool] = field(default_factory=dict[str, bool])
+    flags: dict[str, bool] = field(default_factory=dict[str, bool])
+    fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
+    graph: fx.Graph | None = None
+    probe: str = "not probed"
+
+
+def injected(model: nn.Module) -> Injected | None:
+    """Return the record of an injected model, or None for a plain one."""
+    return model.__dict__.get(INJECTED)
+
+
+def binding(module: nn.Module) -> Binding | None:
+    """Return what an adapted module keeps, or None for a plain one."""
+    return module.__dict__.get(BINDING)
+
+
+def raw(module: nn.Module, name: str) -> Tensor:
+    """Return ``W0``, or another Parameter of the module, past every property."""
+    tensor = module._parameters[name]  # noqa: SLF001 - the one place where W0 is to be had
+    if tensor is None:
+        raise RuntimeError(f"the adapted parameter {name!r} of {type(module).__name__} is gone")
+    return tensor
+
+
+def effective(module: nn.Module, name: str, spec: SiteSpec) -> Tensor:
+    """Return ``W`` of one adapter: the trained copy, or ``W0`` with its low-rank change."""
+    base = raw(module, name)
+    if spec.full is not None:
+        return raw(module, spec.full).to(base.dtype)
+    if spec.form is None:
+        raise RuntimeError(f"the adapter of {name!r} has neither a form nor a trained copy")
+    magnitude = None if spec.magnitude is None else raw(module, spec.magnitude)
+    return effective_weight(base, spec.form, _parts(module, spec, 0.0), magnitude)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, as FSDP2's are between forwards."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def current_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return what reading the weight yields: ``W`` of the active adapter, or ``W0``.
+
+    A sharded ``W0`` is returned raw: ``fully_shard`` reads the attribute and keeps it as the base.
+    """
+    base = module._parameters[name]  # noqa: SLF001
+    held = binding(module)
+    spec = None if held is None else held.active(name)
+    if base is None or spec is None or is_sharded(base):
+        return base
+    return effective(module, name, spec)
+
+
+def branch_base(module: nn.Module, name: str) -> Tensor:
+    """Return the weight that a branch starts from: ``W0``, or ``W`` where it cannot be a branch."""
+    held = binding(module)
+    spec = None if held is None else held.active(name)
+    if spec is None or spec.low_rank:
+        return raw(module, name)
+    return effective(module, name, spec)
+
+
+def live_parts(module: nn.Module, name: str) -> LiveParts:
+    """Return what the branch at this weight computes with now; empty where nothing is active."""
+    held = binding(module)
+    spec = None if held is None else held.active(name)
+    if spec is None or not spec.low_rank:
+        return ()
+    training = module.training and held is not None and held.state.dropout
+    return _parts(module, spec, spec.dropout if training else 0.0)
+
+
+def _parts(module: nn.Module, spec: SiteSpec, dropout: float) -> LiveParts:
+    return tuple(_live(module, part, spec.scale, dropout) for part in spec.parts)
+
+
+def _live(module: nn.Module, part: PartSpec, scale: float, dropout: float) -> LivePart:
+    start = None
+    if part.start_a is not None and part.start_b is not None:
+        start = (raw(module, part.start_a), raw(module, part.start_b))
+    return LivePart(raw(module, part.a), raw(module, part.b), scale, part.rows, dropout, start)

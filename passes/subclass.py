@@ -1,0 +1,215 @@
+"""The dynamic subclass that an adapted module gets, and the properties it reads its weights through.
+
+For every adapted weight ``name`` of the module, the subclass of the module's *own* class has::
+
+    name        ->  W   (a property; ``_parameters[name]`` keeps W0, so the state_dict is unchanged)
+    name__W0    ->  what a branch starts from, raw
+    name__lora  ->  the active adapter's parts
+
+and, where the module's forward is stock, a ``forward`` that computes the branch. The subclass keeps
+``__module__`` and ``__qualname__`` (tracers ask them whether a module is torch's own).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.kinds.base import LiveParts
+from lora_fx.passes.runtime import BINDING, Binding, binding, branch_base, current_weight, live_parts
+from lora_fx.passes.stock_forward import (
+    LORA_SUFFIX,
+    W0_SUFFIX,
+    compile_forward,
+    rewrite,
+    trace_stock,
+)
+
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def attach(module: nn.Module) -> None:
+    """Give the module the subclass that its Binding calls for; its own class where nothing is left."""
+    held = module.__dict__[BINDING]
+    forward = _forward(module, held)
+    module.__class__ = _subclass(held.base_class, frozenset(held.sites), forward)
+    _rebind(module, held)
+
+
+def detach(module: nn.Module) -> None:
+    """Give the module its own class and its own instance-level forwards back."""
+    held: Binding = module.__dict__[BINDING]
+    module.__class__ = held.base_class
+    for attribute, value in held.rebound.items():
+        module.__dict__[attribute] = value
+    held.rebound.clear()
+
+
+def stock_class(module: nn.Module, homes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """Return the stock class whose very forward this module's class runs, if there is one."""
+    cls = own_class(module)
+    return next((home for home in homes if cls.forward is home.forward), None)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the module had before it was adapted."""
+    held = binding(module)
+    return type(module) if held is None else held.base_class
+
+
+def _forward(module: nn.Module, held: Binding) -> Callable[..., Any] | None:
+    if held.frozen_norm:
+        return _frozen_norm_forward(held.base_class)
+    if not held.branched:
+        return None
+    key = ("forward", held.base_class, held.branched, _constants(module))
+    if key not in _forwards:
+        graph = trace_stock(module, held.base_class)
+        rewrite(graph, held.branched)
+        _forwards[key] = compile_forward(graph, held.base_class.__name__)
+    return _forwards[key]
+
+
+_forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _constants(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """What tracing bakes into a stock forward: the module's plain attributes, and which are None."""
+    plain = {k: repr(v) for k, v in module.__dict__.items() if _is_constant(k, v)}
+    none = {k: "None" for k, v in module._parameters.items() if v is None}  # noqa: SLF001
+    return tuple(sorted({**plain, **none}.items()))
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    if name.startswith("_") and name != "_reversed_padding_repeated_twice":
+        return False
+    return name != "training" and (value is None or isinstance(value, (int, float, str, bool, tuple, list)))
+
+
+def _frozen_norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Normalise with the running statistics, in train mode too."""
+        if not self.training:
+            return base.forward(self, *args, **kwargs)
+        self.training = False
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            self.training = True
+
+    return forward
+
+
+def _subclass(
+    base: type[nn.Module], names: frozenset[str], forward: Callable[..., Any] | None
+) -> type[nn.Module]:
+    key = (base, names, forward if forward is None or hasattr(forward, "__lora_fx_source__") else "norm")
+    if key not in _classes:
+        body: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce_ex,
+            "register_parameter": _register_parameter,
+        }
+        for name in names:
+            body[name] = property(_weight_getter(name))
+            body[name + W0_SUFFIX] = property(_base_getter(name))
+            body[name + LORA_SUFFIX] = property(_parts_getter(name))
+        if forward is not None:
+            body["forward"] = forward
+        if names and forward is not None:
+            body["__setattr__"] = _setattr(base)
+        _classes[key] = type(base)(base.__name__, (base,), body)
+    return _classes[key]
+
+
+def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def get(self: nn.Module) -> Tensor | None:
+        try:
+            return current_weight(self, name)
+        except AttributeError as error:
+            # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
+            raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error
+
+    return get
+
+
+def _base_getter(name: str) -> Callable[[nn.Module], Tensor]:
+    def get(self: nn.Module) -> Tensor:
+        return branch_base(self, name)
+
+    return get
+
+
+def _parts_getter(name: str) -> Callable[[nn.Module], LiveParts]:
+    def get(self: nn.Module) -> LiveParts:
+        return live_parts(self, name)
+
+    return get
+
+
+def _setattr(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute; one that the rewritten forward has baked in is baked in anew."""
+        base.__setattr__(self, name, value)
+        held = binding(self)
+        if held is not None and held.branched and _is_constant(name, value):
+            attach(self)
+
+    return set_attribute
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Register a Parameter; ``W0`` may be replaced, past the property of its name."""
+    held = binding(self)
+    if held is not None and name in held.sites:
+        self._parameters[name] = param  # noqa: SLF001
+    else:
+        nn.Module.register_parameter(self, name, param)
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Copy and pickle as the module's own class, and adapt the copy anew."""
+    del protocol
+    held = self.__dict__[BINDING]
+    return (_blank, (held.base_class,), dict(self.__dict__))
+
+
+class _Rebuilding:
+    """Marks a copy that waits for its state."""
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = type(base)(base.__name__, (_Rebuilding, base), {"__setstate__": _set_state})
+    return cls.__new__(cls)
+
+
+def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
+    held: Binding = state[BINDING]
+    self.__class__ = held.base_class
+    nn.Module.__setstate__(self, state)
+    # A copied instance-level forward is bound to the original: bind it anew.
+    rebound, held.rebound = held.rebound, {}
+    for attribute, value in rebound.items():
+        self.__dict__[attribute] = _bound_to(self, value)
+    attach(self)
+
+
+def _bound_to(module: nn.Module, value: Any) -> Any:
+    return types.MethodType(value.__func__, module) if isinstance(value, types.MethodType) else value
+
+
+def _rebind(module: nn.Module, held: Binding) -> None:
+    """Point instance attributes that hold the class's bound forward (accelerate's) at the new one."""
+    original = held.base_class.forward
+    for attribute, value in list(module.__dict__.items()):
+        function = getattr(value, "__func__", None)
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            if function is original:
+                held.rebound[attribute] = value
+            if function is original or attribute in held.rebound:
+                module.__dict__[attribute] = types.MethodType(type(module).forward, module)

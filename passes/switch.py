@@ -1,0 +1,102 @@
+"""Switch: which adapter is active, and what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_fx.errors import AdapterNameError
+from lora_fx.passes.runtime import Injected, SiteSpec, binding, injected, raw
+
+
+def adapter_sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:
+    """Yield (module path, owner, attribute, spec) of every weight that an adapter changes."""
+    for path, module in model.named_modules():
+        held = binding(module)
+        if held is None:
+            continue
+        for attribute, specs in held.sites.items():
+            if adapter in specs:
+                yield path, module, attribute, specs[adapter]
+
+
+def record_of(model: nn.Module) -> Injected:
+    """Return the model's record.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+    """
+    record = injected(model)
+    if record is None:
+        raise AdapterNameError(
+            type(model).__name__,
+            expected="a model with adapters",
+            got="a model without",
+            advice="Call lora_fx.inject or lora_fx.load_adapter first.",
+        )
+    return record
+
+
+def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
+    """Return the record and the adapter's name (None: the active one, else the only one).
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    record = record_of(model)
+    name = adapter if adapter is not None else record.state.active
+    if name is None or name not in record.plans:
+        raise AdapterNameError(
+            f"adapter {adapter!r}",
+            expected=f"one of {sorted(record.plans)}",
+            got=repr(adapter),
+            advice="Name an adapter of the model.",
+        )
+    return record, name
+
+
+def apply_trainability(model: nn.Module, record: Injected) -> None:
+    """Freeze the base; let the active adapter's Parameters be trained, if it is trainable."""
+    free: set[int] = set()
+    active = record.state.active
+    if active is not None and record.trainable.get(active, False):
+        for _, module, _, spec in adapter_sites(model, active):
+            free.update(id(raw(module, name)) for name in trained_names(spec))
+    for parameter in model.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(id(parameter) in free)
+
+
+def trained_names(spec: SiteSpec) -> tuple[str, ...]:
+    """Return the Parameters of a spec that are trained: all but a frozen start."""
+    names = [n for part in spec.parts for n in (part.a, part.b)]
+    return tuple(n for n in (*names, spec.full, spec.magnitude) if n is not None)
+
+
+def set_adapter(model: nn.Module, adapter: str) -> None:
+    """Make one adapter active; it alone is computed and trained.
+
+    Raises:
+        AdapterNameError: the model has no adapter of this name.
+    """
+    record, name = require(model, adapter)
+    record.state.active = name
+    apply_trainability(model, record)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes what the base computes.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+    """
+    record = record_of(model)
+    before = record.state.enabled
+    record.state.enabled = False
+    try:
+        yield model
+    finally:
+        record.state.enabled = before
