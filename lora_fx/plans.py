@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.errors import PlanError
 from lora_fx.matrix import Rows, row_count
 from lora_fx.sites import Site, rows_from_json
+from lora_fx.tables import as_text, plan_table
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 PLAN_VERSION = 1
 
@@ -91,10 +97,16 @@ class Decision:
         """The number of trained numbers: ``r * (in + rows)`` per part and stacked matrix."""
         form = self.site.form
         if self.action == "train":
-            return _numel(self.site.shape)
+            return numel(self.site.shape)
         stack = form.experts or 1
         low = sum(p.rank * (form.in_features + row_count(p.rows, form)) for p in self.parts)
         return stack * (low + (form.out_features if self.dora else 0))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The size of the trained numbers on disk: A and B in float32 or wider."""
+        dtype = self.site.dtype
+        return self.parameters * (itemsize(dtype) if self.action == "train" else adapter_itemsize(dtype))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, read back by ``from_json``."""
@@ -180,8 +192,23 @@ class Plan:
     def parameters(self) -> int:
         """The number of trained numbers, extras included."""
         return sum(d.parameters for d in self.decisions if d.action != "skip") + sum(
-            _numel(e.shape) for e in self.extras
+            numel(e.shape) for e in self.extras
         )
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The size of the trained numbers on disk, extras included, file headers not."""
+        return sum(d.adapter_bytes for d in self.decisions if d.action != "skip") + sum(
+            numel(e.shape) * itemsize(e.dtype) for e in self.extras
+        )
+
+    def __rich__(self) -> Group:
+        """Render as a table, weights that differ in their layer's number only in one line."""
+        return plan_table(self)
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        return as_text(plan_table(self))
 
     def to_json(self) -> str:
         """Return the plan as JSON text; ``Plan.from_json`` reads it back equal."""
@@ -221,13 +248,19 @@ class Plan:
                 decisions=tuple(Decision.from_json(d) for d in data["decisions"]),
                 model=data["model"],
                 examples=data["examples"],
-                extras=tuple(Extra(**{**e, "shape": tuple(e["shape"])}) for e in data["extras"]),
+                extras=tuple(_extra_from_json(e) for e in data["extras"]),
                 norm_stats=data["norm_stats"],
                 notes=tuple(data["notes"]),
                 base_parameters=data["base_parameters"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _extra_from_json(data: Mapping[str, Any]) -> Extra:
+    fields = dict(data)
+    fields["shape"] = tuple(data["shape"])
+    return Extra(**fields)
 
 
 def _unreadable(got: str) -> PlanError:
@@ -239,8 +272,17 @@ def _unreadable(got: str) -> PlanError:
     )
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def numel(shape: tuple[int, ...]) -> int:
+    """The number of elements of a tensor of this shape."""
+    return math.prod(shape)
+
+
+def itemsize(dtype: str) -> int:
+    """The bytes of one element of a dtype by name: ``float32``, ``bfloat16``, ``float8_e4m3fn``."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits[0]) // 8)
+
+
+def adapter_itemsize(dtype: str) -> int:
+    """The bytes of one number of A or B beside a weight of this dtype: float32, or wider as it is."""
+    return max(4, itemsize(dtype))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from lora_fx.budgets import parse_budget
 from lora_fx.errors import PolicyError
 from lora_fx.sites import ROLES, Site
 
@@ -22,9 +23,10 @@ class Filters:
 
     ``name`` is a glob over the weight's qualified name (``*`` crosses dots) or ``re:<regex>``;
     ``module`` matches the owner's path by suffix (``"q_proj"``) or the owner's class; ``kind`` is a
-    kind of the registry; ``role`` is ``"q"``, ``"qv"``, ``("up", "down")``...; ``depth`` is a
-    (low, high) share of the model's depth, or -n for the last n blocks, n for the first n;
-    ``where`` is any predicate over a Site.
+    kind of the registry, or a glob over them; ``role`` is ``"q"``, ``"qv"``, ``("up", "down")``...;
+    ``depth`` is a (low, high) share of the model's depth, or -n for the last n blocks, n for the
+    first n; ``where`` is any predicate over a Site. A rule that matches nothing is an error, unless
+    it is ``optional``.
     """
 
     name: Names = None
@@ -33,6 +35,8 @@ class Filters:
     role: Names = None
     depth: tuple[float, float] | int | None = None
     where: Callable[[Site], bool] | None = None
+    _: KW_ONLY
+    optional: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an unknown role at once."""
@@ -63,10 +67,20 @@ class Filters:
         return (
             self._name_matches(site)
             and self._module_matches(site)
-            and (self.kind is None or site.kind in choices(self.kind))
+            and (self.kind is None or any(fnmatch.fnmatchcase(site.kind, k) for k in choices(self.kind)))
             and (not self.roles or any(role in site.roles for role in self.roles))
             and self._depth_matches(site)
             and (self.where is None or bool(self.where(site)))
+        )
+
+    def matches_parameter(self, name: str, owner_class: str = "") -> bool:
+        """Say whether the filters hold for a parameter that is no site: by name and module alone."""
+        if self.kind is not None or self.roles or self.depth is not None or self.where is not None:
+            return False
+        owner = name.rpartition(".")[0]
+        return (self.name is None or any(matches_name(name, p) for p in choices(self.name))) and (
+            self.module is None
+            or any(p == owner_class or matches_path(owner, p) for p in choices(self.module))
         )
 
     def _name_matches(self, site: Site) -> bool:
@@ -80,8 +94,7 @@ class Filters:
             return True
         owners = {name.rpartition(".")[0] for name in (site.name, *site.names)}
         return any(
-            pattern == site.module_class
-            or any(owner == pattern or owner.endswith("." + pattern) for owner in owners)
+            pattern == site.module_class or any(matches_path(owner, pattern) for owner in owners)
             for pattern in choices(self.module)
         )
 
@@ -118,6 +131,7 @@ class Rule(Filters):
         PolicyError: a rank below 1, a dropout outside [0, 1), an unknown initialisation.
     """
 
+    _: KW_ONLY
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -183,10 +197,12 @@ class Policy:
             raise _bad("bias", "none, all or lora_only", bias)
         if norm_stats not in ("freeze", "train"):
             raise _bad("norm_stats", "freeze or train", norm_stats)
+        if budget is not None:
+            parse_budget(budget)
         self.rules = rules
         self.budget = budget
         self.bias = bias
-        self.norm_stats = norm_stats
+        self.norm_stats: Literal["freeze", "train"] = norm_stats
 
     def __repr__(self) -> str:
         """Show the rules as their user wrote them."""
@@ -195,12 +211,26 @@ class Policy:
     @classmethod
     def default(cls, rank: int = 16) -> Policy:
         """Adapt every linear and convolution but the stem, the head, routers and embeddings."""
-        return cls(Skip(role=("stem", "head", "router", "embedding")), Skip(kind="embedding"), Rule(rank=rank))
+        return cls(
+            Skip(role=("stem", "head", "router", "embedding"), optional=True),
+            Skip(kind="embedding", optional=True),
+            Rule(rank=rank),
+        )
 
     @classmethod
     def paper(cls, rank: int = 8) -> Policy:
         """Adapt query and value of every attention (Hu et al. 2021, section 4.2 and table 5)."""
         return cls(Rule(role="qv", rank=rank))
+
+    @classmethod
+    def attention(cls, rank: int = 8) -> Policy:
+        """Adapt query, key, value and output of every attention (Hu et al. 2021, table 5)."""
+        return cls(Rule(role="qkvo", rank=rank))
+
+    @classmethod
+    def convs(cls, rank: int = 8) -> Policy:
+        """Adapt every convolution, transposed ones too (LoCon)."""
+        return cls(Rule(kind="conv*", rank=rank))
 
 
 def choices(value: Names | Iterable[str]) -> tuple[str, ...]:
@@ -215,6 +245,11 @@ def matches_name(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
+
+
+def matches_path(path: str, pattern: str) -> bool:
+    """Say whether a module's path is the pattern or ends with it, whole components only."""
+    return path == pattern or path.endswith("." + pattern)
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,181 @@
+"""Policy -> Plan: pure decisions about sites; nothing here touches a module.
+
+1. Facts: a site that the run did not reach takes roles, depth and uses from its structural twin.
+2. Claims: the first rule that matches decides, row by row (``claims.py``).
+3. Decisions: one per site, with a reason of the closed list; ranks capped at what a matrix holds.
+4. Extras: parameters that are no sites and are trained in full: biases, norms under a ``Train``.
+5. Budget: ranks scaled until everything fits (``budgets.py``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lora_fx.budgets import Budget, fit_ranks, parse_budget
+from lora_fx.claims import claim_rows
+from lora_fx.decisions import decide
+from lora_fx.errors import PolicyError
+from lora_fx.extras import Parameters, bias_extras, train_extras
+from lora_fx.inventory import describe_sites
+from lora_fx.matrix import row_count
+from lora_fx.plans import Decision, Extra, Part, Plan, Reason, adapter_itemsize
+from lora_fx.policy import Policy, Skip
+from lora_fx.rule_checks import check_rules, refuse_dataflow
+from lora_fx.sites import Site
+
+
+def make_plan(
+    sites: Sequence[Site],
+    policy: Policy,
+    *,
+    traced: bool,
+    model: str,
+    examples: str | None,
+    parameters: Parameters,
+    base_parameters: int,
+    owners: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide every site by the first rule that matches it.
+
+    ``traced`` says whether the sites come from a recorded run; ``parameters`` are all parameters of
+    the model as name -> (shape, dtype); ``owners`` maps module paths to class names, so that a
+    ``Train(module=...)`` finds modules without sites by class.
+
+    Raises:
+        PolicyError: a rule needs a recorded run and there is none, matches nothing, asks for dropout
+            where an adapter is computed as an effective weight, two rules meet in one weight with
+            different scales, or the budget leaves nothing.
+    """
+    if not traced:
+        refuse_dataflow(policy)
+    facts = _with_twins(sites) if traced else {site.name: site for site in sites}
+    claims = {site.name: claim_rows(facts[site.name], policy.rules) for site in sites}
+    decisions = tuple(decide(site, facts[site.name], claims[site.name], traced=traced) for site in sites)
+    trained, by_rule = train_extras(policy.rules, claims, parameters, owners or {}, decisions)
+    extras = bias_extras(policy.bias, decisions, parameters, trained)
+    notes = check_rules(policy, list(facts.values()), claims, by_rule, list(parameters))
+    _refuse_dropout(decisions)
+    if policy.budget is not None:
+        budget = parse_budget(policy.budget)
+        decisions, arithmetic = _fit(decisions, extras, budget, base_parameters)
+        notes += arithmetic
+        # A weight that lost its adapter to the budget loses its bias too.
+        extras = bias_extras(policy.bias, decisions, parameters, trained)
+    plan = Plan(
+        decisions=decisions,
+        model=model,
+        examples=examples,
+        extras=extras,
+        norm_stats=policy.norm_stats,
+        notes=tuple(notes),
+        base_parameters=base_parameters,
+    )
+    _refuse_nothing(plan, policy, list(facts.values()))
+    return plan
+
+
+def _with_twins(sites: Sequence[Site]) -> dict[str, Site]:
+    """Give sites that the run did not reach the dataflow facts of their twins."""
+    by_name = {name: site for site in sites for name in (site.name, *site.names)}
+    facts: dict[str, Site] = {}
+    for site in sites:
+        twin = by_name.get(site.twin or "")
+        if not site.uses and twin is not None and twin.uses:
+            same = twin.form.out_features == site.form.out_features
+            facts[site.name] = replace(
+                site, roles=twin.roles if same else {}, depth=twin.depth, block=twin.block, uses=twin.uses
+            )
+        else:
+            facts[site.name] = site
+    return facts
+
+
+def _refuse_dropout(decisions: Sequence[Decision]) -> None:
+    bad = [d for d in decisions if d.dropout > 0 and d.form in ("weight", "mixed")]
+    if bad:
+        first = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise PolicyError(
+            f"{first.name}{more}",
+            expected="dropout=0, since dropout acts on the input of a branch",
+            got=f"dropout={first.dropout:g} where the adapter takes the {first.form} form "
+            f"({first.form_reason})",
+            advice=f"Put Rule(name={first.name!r}, ...) without dropout before {first.rule}, or drop it.",
+        )
+
+
+def _refuse_nothing(plan: Plan, policy: Policy, facts: Sequence[Site]) -> None:
+    """Refuse a plan that trains nothing although the policy has a rule that would."""
+    asks = any(not isinstance(rule, Skip) for rule in policy.rules)
+    if plan.parameters or not asks:
+        return
+    reasons = Counter(d.reason.value for d in plan.decisions)
+    raise PolicyError(
+        repr(policy),
+        expected="at least one weight that is trained",
+        got=f"none ({', '.join(f'{count} {reason}' for reason, count in reasons.items()) or 'no weights'}); "
+        f"the model has {describe_sites(facts)}",
+        advice="Choose among what the model has; str(plan) of a wider policy shows each weight's reason.",
+    )
+
+
+def _fit(
+    decisions: tuple[Decision, ...], extras: tuple[Extra, ...], budget: Budget, base_parameters: int
+) -> tuple[tuple[Decision, ...], list[str]]:
+    """Scale the ranks to the budget, and write down the arithmetic."""
+    in_bytes = budget.kind == "bytes"
+    units = {d.name: adapter_itemsize(d.site.dtype) if in_bytes else 1 for d in decisions}
+    slots = [(d, part) for d in decisions for part in d.parts]
+    costs = [units[d.name] * _cost(d, part) for d, part in slots]
+    wanted = [part.rank for _, part in slots]
+    everything = Plan(decisions, extras=extras)
+    total = everything.adapter_bytes if in_bytes else everything.parameters
+    asked = sum(r * c for r, c in zip(wanted, costs, strict=True))
+    fixed, limit = total - asked, budget.limit(base_parameters)
+    arithmetic = f"budget {limit:,} {budget.unit}"
+    if budget.kind == "share":
+        arithmetic += f" ({budget.amount:g} of {base_parameters:,})"
+    arithmetic += f": {fixed:,} are fixed (trained in full, biases, magnitudes), {limit - fixed:,} are left"
+    if slots and limit - fixed < min(costs):
+        raise PolicyError(
+            "Policy(budget=...)",
+            expected=f"room for at least one adapter of rank 1 ({min(costs):,} {budget.unit})",
+            got=arithmetic,
+            advice="Raise the budget, or train less in full.",
+        )
+    fit = fit_ranks(wanted, costs, limit - fixed)
+    arithmetic += f", the rules ask {asked:,}"
+    if list(fit.ranks) == wanted:
+        return decisions, [f"{arithmetic}: it fits as asked"]
+    lost = sum(rank == 0 for rank in fit.ranks)
+    arithmetic += f"; ranks x {fit.factor:.4f}, rounded down, at least 1: {fit.floored:,}"
+    arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"
+    if lost:
+        arithmetic += f"; no room for {lost} of {len(slots)} adapters"
+    ranks = iter(fit.ranks)
+    return tuple(_with_ranks(d, [next(ranks) for _ in d.parts]) for d in decisions), [arithmetic]
+
+
+def _cost(decision: Decision, part: Part) -> int:
+    """The trained numbers that one rank of a part costs."""
+    form = decision.site.form
+    return (form.experts or 1) * (form.in_features + row_count(part.rows, form))
+
+
+def _with_ranks(decision: Decision, ranks: Sequence[int]) -> Decision:
+    """Return the decision with other ranks; a part of rank 0 is dropped."""
+    old = [part.rank for part in decision.parts]
+    if list(ranks) == old:
+        return decision
+    detail = f"rank {_listed(old)} scaled to {_listed(ranks)} by the budget"
+    detail = f"{decision.detail}; {detail}" if decision.detail else detail
+    parts = tuple(replace(p, rank=r) for p, r in zip(decision.parts, ranks, strict=True) if r)
+    if parts:
+        return replace(decision, parts=parts, detail=detail)
+    return Decision(decision.site, "skip", Reason.NO_BUDGET, rule=decision.rule, detail=detail)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if len(set(ranks)) == 1 else ", ".join(map(str, ranks))

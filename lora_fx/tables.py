@@ -1,0 +1,215 @@
+"""Plans and audits as tables, for the terminal and as text."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_fx.matrix import Rows
+
+if TYPE_CHECKING:
+    from lora_fx.audits import Audit, AuditRow
+    from lora_fx.plans import Decision, Plan
+
+_STYLE: Mapping[str, str] = {"adapt": "green", "train": "cyan", "skip": "dim"}
+_WIDTH = 150
+
+
+def as_text(renderable: RenderableType, width: int = _WIDTH) -> str:
+    """Return what rich would show, as plain text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, force_terminal=False).print(renderable)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+
+def plan_table(plan: Plan) -> Group:
+    """Render a plan; weights that differ in layer numbers only share a line."""
+    table = _table(("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "why"))
+    rules = _numbered(d.rule for d in plan.decisions)
+    for group in _grouped(plan.decisions):
+        first = group[0]
+        table.add_row(
+            Text(_pattern([d.name for d in group]), overflow="fold"),
+            str(len(group)),
+            first.site.kind,
+            shape_text(first.site.shape),
+            roles_text(first.site.roles),
+            first.action,
+            ranks_text(first),
+            f"{sum(d.parameters for d in group):,}" if first.action != "skip" else "",
+            first.form or "",
+            why_text(first, rules),
+            style=_STYLE[first.action],
+        )
+    counts = (
+        f"{len(plan.decisions)} weights, {len(plan.adapted)} adapted, {len(plan.trained)} trained in full"
+    )
+    trained = trained_text(plan.parameters, plan.base_parameters)
+    lines = [
+        *_legend(rules),
+        *(f"also trained: {extra.name} ({shape_text(extra.shape)}), {extra.detail}" for extra in plan.extras),
+        f"{counts}; {trained}, {bytes_text(plan.adapter_bytes)}",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    return Group(_title("Plan", plan.model, plan.examples), table, *map(Text, lines))
+
+
+def audit_table(audit: Audit) -> Group:
+    """Render an audit: every weight on its own line, then the totals."""
+    table = _table(
+        ("weight", "kind", "shape", "roles", "decision", "rank", "trained", "form", "|dW|/|W|", "why")
+    )
+    rules = _numbered(row.rule for row in audit.rows)
+    for row in audit.rows:
+        table.add_row(
+            Text(row.name, overflow="fold"),
+            row.kind,
+            shape_text(row.shape),
+            roles_text(row.roles),
+            row.action,
+            row.rank_text,
+            f"{row.parameters:,}" if row.parameters else "",
+            row.form or "",
+            "" if row.delta is None else f"{row.delta:.3g}",
+            why_text(row, rules),
+            style=_STYLE[row.action],
+        )
+    totals = audit.totals
+    forms = ", ".join(f"{count} {form}" for form, count in totals.forms.items())
+    counts = (
+        f"{totals.sites} weights: {totals.adapted} adapted ({forms or 'none'}), {totals.trained} trained in "
+        f"full, {totals.skipped} left as they are; {totals.extras} other parameters trained"
+    )
+    trained = trained_text(totals.parameters, totals.base_parameters)
+    sizes = f"branch share {totals.branch_share:.0%}; {trained}, {bytes_text(totals.adapter_bytes)}"
+    lines = [*_legend(rules), counts, sizes, *(f"note: {note}" for note in audit.notes)]
+    return Group(_title(f"Audit of {audit.source}", audit.model, audit.examples), table, *map(Text, lines))
+
+
+def _title(what: str, model: str, examples: str | None) -> Text:
+    shown = f"{what}: {model}" if model else what
+    return Text(f"{shown}; example inputs: {examples or 'none'}", style="bold")
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
+    for name in columns:
+        numeric = name in {"n", "trained", "|dW|/|W|"}
+        table.add_column(
+            name,
+            justify="right" if numeric else "left",
+            no_wrap=numeric or name in {"kind", "decision", "form", "shape", "rank"},
+            overflow="fold",
+        )
+    return table
+
+
+def _numbered(rules: Iterable[str | None]) -> dict[str, int]:
+    """Number the rules in the order in which they first decide something."""
+    found = dict.fromkeys(rule for rule in rules if rule is not None)
+    return {rule: number for number, rule in enumerate(found, start=1)}
+
+
+def _legend(rules: Mapping[str, int]) -> list[str]:
+    return [f"[{number}] {rule}" for rule, number in rules.items()]
+
+
+def why_text(decided: Decision | AuditRow, rules: Mapping[str, int]) -> str:
+    """Return the reason, the deciding rule's number, the detail, and why the form is no branch."""
+    number = f" [{rules[decided.rule]}]" if decided.rule is not None else ""
+    texts = [decided.detail] if decided.detail else []
+    if decided.form in ("weight", "mixed"):
+        texts.append(f"{decided.form} form: {decided.form_reason}")
+    return f"{decided.reason}{number}" + (f": {'; '.join(texts)}" if texts else "")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as ``768x3072``."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def rows_text(rows: Rows | None) -> str:
+    """Return rows as ``0:768`` ranges; many ranges by their first, their number and their sum."""
+    if rows is None:
+        return "all"
+    if len(rows) <= 2:
+        return ",".join(f"{start}:{stop}" for start, stop in rows)
+    total = sum(stop - start for start, stop in rows)
+    return f"{rows[0][0]}:{rows[0][1]},.. {len(rows)} ranges, {total} rows"
+
+
+def roles_text(roles: Mapping[str, Rows | None]) -> str:
+    """Return roles with their rows, rows left out where a role has all of them."""
+    return " ".join(role if rows is None else f"{role}[{rows_text(rows)}]" for role, rows in roles.items())
+
+
+def ranks_text(decision: Decision) -> str:
+    """Return the rank, or the rank of every part with its role."""
+    parts = decision.parts
+    if len(parts) == 1 and parts[0].role is None:
+        return str(parts[0].rank)
+    return " ".join(f"{part.role}:{part.rank}" for part in parts)
+
+
+def bytes_text(count: int) -> str:
+    """Return a size in decimal units: ``37.7 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def trained_text(parameters: int, base_parameters: int) -> str:
+    """Return how many parameters are trained, with their share where the base's number is known."""
+    if not base_parameters:
+        return f"{parameters:,} parameters trained"
+    share = parameters / base_parameters
+    digits = max(2, 1 - math.floor(math.log10(share)) - 2) if share else 2
+    return f"{parameters:,} of {base_parameters:,} parameters trained ({share:.{digits}%})"
+
+
+def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
+    """Gather decisions whose weights differ in layer numbers only and that are otherwise equal."""
+    groups: dict[tuple[object, ...], list[Decision]] = {}
+    for d in decisions:
+        key = (
+            re.sub(r"(?<![^.])\d+(?![^.])", "*", d.name),
+            d.site.kind,
+            d.site.shape,
+            roles_text(d.site.roles),
+            d.action,
+            ranks_text(d),
+            d.form,
+            d.reason,
+            d.rule,
+            d.detail,
+            d.form_reason,
+        )
+        groups.setdefault(key, []).append(d)
+    return list(groups.values())
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Return names as one, numbers that differ in braces: ``layer.{0-11}.query.weight``."""
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    return ".".join(next(iter(c)) if len(set(c)) == 1 else f"{{{_numbers(c)}}}" for c in columns)
+
+
+def _numbers(column: Sequence[str]) -> str:
+    """Return numbers as ranges: ``0-3,5``."""
+    values = sorted({int(value) for value in column})
+    ranges: list[list[int]] = []
+    for value in values:
+        if ranges and value == ranges[-1][1] + 1:
+            ranges[-1][1] = value
+        else:
+            ranges.append([value, value])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

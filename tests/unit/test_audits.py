@@ -1,0 +1,106 @@
+"""Audits and tables over plans: what they say must be what was decided."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from lora_fx.audits import audit_plan
+from lora_fx.policy import Policy, Rule, Skip, Train
+from lora_fx.tables import bytes_text, rows_text, trained_text
+from tests.unit.site_builders import WEIGHT, fused, plan, site, transformer
+
+
+def sample():
+    sites = [
+        site("embed.weight", (100, 8), kind="embedding", roles={"embedding": None}),
+        fused("blocks.0.qkv.weight"),
+        site("blocks.0.down.weight", (8, 32), roles={"down": None}, uses=(WEIGHT,)),
+        site("head.weight", (10, 8), roles={"head": None}, names=("head.weight", "lm.weight")),
+    ]
+    policy = Policy(Train(role="head"), Skip(role="embedding"), Rule(role="qv", rank=2), Rule(rank=4))
+    return plan(sites, policy, parameters={"head.bias": ((10,), "float32")}, base_parameters=1_500)
+
+
+def test_totals_add_up():
+    totals = audit_plan(sample()).totals
+    assert (totals.sites, totals.adapted, totals.trained, totals.skipped, totals.extras) == (4, 2, 1, 1, 1)
+    assert totals.sites == totals.adapted + totals.trained + totals.skipped
+    assert totals.forms == {"branch": 1, "weight": 1}
+    assert totals.branch_share == 0.5
+    low = 2 * 2 * (8 + 8) + 4 * (8 + 8) + 4 * (32 + 8)  # q and v at 2, the rest of the weight at 4, down at 4
+    assert totals.parameters == low + 80 + 10
+    assert totals.share == totals.parameters / 1_500
+    assert totals.adapter_bytes == 4 * totals.parameters
+
+
+def test_rows_hold_every_weight_and_every_trained_parameter():
+    made = sample()
+    audit = audit_plan(made)
+    assert [row.name for row in audit.rows] == [d.name for d in made.decisions] + ["head.bias"]
+    assert sum(row.parameters for row in audit.rows) == made.parameters == audit.totals.parameters
+    qkv = audit.rows[1]
+    assert qkv.ranks == {"q": 2, "v": 2, "k": 4}
+    assert qkv.roles == {"q": ((0, 8),), "k": ((8, 16),), "v": ((16, 24),)}
+    assert (qkv.kind, qkv.shape, qkv.reason, qkv.form) == ("linear", (24, 8), "rule", "branch")
+
+
+def test_deltas_are_found_by_any_name_of_a_tied_weight():
+    audit = audit_plan(sample(), {"lm.weight": 0.25, "blocks.0.qkv.weight": 0.5}, source="model")
+    assert [row.delta for row in audit.rows] == [None, 0.5, None, 0.25, None]
+    assert audit.source == "model"
+
+
+def test_json_holds_the_table():
+    audit = audit_plan(sample(), {"blocks.0.qkv.weight": 0.5})
+    data = json.loads(audit.to_json())
+    assert data["totals"]["parameters"] == audit.totals.parameters
+    assert [row["name"] for row in data["rows"]] == [row.name for row in audit.rows]
+    assert data["rows"][1]["roles"]["k"] == [[8, 16]]
+    assert data["rows"][1]["delta"] == 0.5
+    assert data["rows"][3]["action"] == "train"
+
+
+def test_a_model_without_parameters_to_adapt_has_no_share():
+    audit = audit_plan(plan([site("a.weight")], Policy(Skip()), base_parameters=0))
+    assert (audit.totals.share, audit.totals.branch_share, audit.totals.adapted) == (None, 0.0, 0)
+    assert "skip-rule" in str(audit)
+
+
+def test_the_tables_say_what_was_decided():
+    made = sample()
+    for text in (str(made), str(audit_plan(made))):
+        flat = " ".join(text.split())
+        assert "embed.weight" in flat
+        assert "skip-rule" in flat
+        assert "q:2 v:2 k:4" in flat
+        assert "Rule(role='qv', rank=2)" in flat
+        assert "read outside its module" in " ".join(flat.split())
+        assert "of 1,500 parameters trained" in flat
+
+
+def test_the_table_renders_in_a_narrow_terminal():
+    buffer = io.StringIO()
+    Console(file=buffer, width=60).print(audit_plan(sample()))
+    assert all(len(line) <= 60 for line in buffer.getvalue().splitlines())
+
+
+def test_equal_layers_share_a_line_and_different_ones_do_not():
+    sites = [s for s in transformer(12, 8) if "query" in s.name]
+    one = str(plan(sites, Policy(Rule(rank=2))))
+    assert "layers.{0-11}.attention.query.weight" in one
+    two = str(plan(sites, Policy(Rule(name="layers.3.*", rank=4), Rule(rank=2))))
+    assert "layers.{0-2,4-11}.attention.query.weight" in two
+    assert "layers.3.attention.query.weight" in two
+
+
+def test_texts():
+    assert rows_text(((0, 2), (4, 6))) == "0:2,4:6"
+    assert rows_text(tuple((i, i + 2) for i in range(0, 12, 4))) == "0:2,.. 3 ranges, 6 rows"
+    assert [bytes_text(n) for n in (999, 37_748_736, 350_000_000_000)] == ["999 B", "37.7 MB", "350.0 GB"]
+    assert trained_text(4_718_592, 175_255_800_000).endswith("(0.0027%)")
+    assert trained_text(5, 0) == "5 parameters trained"
+    assert trained_text(0, 10).endswith("(0.00%)")
+    assert trained_text(5, 10).endswith("(50.00%)")

@@ -1,0 +1,54 @@
+"""Atomic writes: the old content or all of the new."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from lora_fx import files
+from lora_fx.files import atomic_write
+
+
+def test_text_and_bytes(tmp_path):
+    path = tmp_path / "a.bin"
+    atomic_write(path, "ü")
+    assert path.read_bytes() == "ü".encode()
+    atomic_write(path, b"\x00\n\r")
+    assert path.read_bytes() == b"\x00\n\r"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.json"
+    atomic_write(path, "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "fsync", fail) if failing == "fsync" else patched.setattr(
+            files.Path, "replace", fail
+        )
+        with pytest.raises(OSError, match="disk full"):
+            atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are posix")
+def test_permissions_are_those_of_the_old_file_or_of_any_new_one(tmp_path):
+    path, plain = tmp_path / "a", tmp_path / "b"
+    atomic_write(path, "x")
+    plain.write_text("x")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    path.chmod(0o640)
+    atomic_write(path, "y")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "no" / "a", "x")
