@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_fx.diffs import PlanDiff, diff_plans
 from lora_fx.errors import PlanError
+from lora_fx.files import atomic_write
 from lora_fx.matrix import Rows, row_count
 from lora_fx.sites import Site, rows_from_json
 from lora_fx.tables import as_text, plan_table
@@ -209,6 +213,24 @@ class Plan:
     def __str__(self) -> str:
         """Return the table as text."""
         return as_text(plan_table(self))
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """Compare with another plan: what each does, weight by weight."""
+        return diff_plans(self, other)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        atomic_write(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what ``save`` wrote.
+
+        Raises:
+            PlanError: the file holds no plan, or one of another version.
+            OSError: there is no such file.
+        """
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def to_json(self) -> str:
         """Return the plan as JSON text; ``Plan.from_json`` reads it back equal."""

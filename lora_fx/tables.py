@@ -32,12 +32,14 @@ def as_text(renderable: RenderableType, width: int = _WIDTH) -> str:
 
 def plan_table(plan: Plan) -> Group:
     """Render a plan; weights that differ in layer numbers only share a line."""
-    table = _table(("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "why"))
+    table = plain_table(
+        ("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "why")
+    )
     rules = _numbered(d.rule for d in plan.decisions)
     for group in _grouped(plan.decisions):
         first = group[0]
         table.add_row(
-            Text(_pattern([d.name for d in group]), overflow="fold"),
+            Text(name_pattern([d.name for d in group]), overflow="fold"),
             str(len(group)),
             first.site.kind,
             shape_text(first.site.shape),
@@ -64,7 +66,7 @@ def plan_table(plan: Plan) -> Group:
 
 def audit_table(audit: Audit) -> Group:
     """Render an audit: every weight on its own line, then the totals."""
-    table = _table(
+    table = plain_table(
         ("weight", "kind", "shape", "roles", "decision", "rank", "trained", "form", "|dW|/|W|", "why")
     )
     rules = _numbered(row.rule for row in audit.rows)
@@ -99,14 +101,15 @@ def _title(what: str, model: str, examples: str | None) -> Text:
     return Text(f"{shown}; example inputs: {examples or 'none'}", style="bold")
 
 
-def _table(columns: Sequence[str]) -> Table:
+def plain_table(columns: Sequence[str]) -> Table:
+    """Return an empty table in the style of all tables here."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     for name in columns:
         numeric = name in {"n", "trained", "|dW|/|W|"}
         table.add_column(
             name,
             justify="right" if numeric else "left",
-            no_wrap=numeric or name in {"kind", "decision", "form", "shape", "rank"},
+            no_wrap=numeric or name in {"kind", "decision", "form", "shape", "rank", "what"},
             overflow="fold",
         )
     return table
@@ -181,7 +184,7 @@ def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
     groups: dict[tuple[object, ...], list[Decision]] = {}
     for d in decisions:
         key = (
-            re.sub(r"(?<![^.])\d+(?![^.])", "*", d.name),
+            name_pattern([d.name], wild=True),
             d.site.kind,
             d.site.shape,
             roles_text(d.site.roles),
@@ -197,8 +200,13 @@ def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
     return list(groups.values())
 
 
-def _pattern(names: Sequence[str]) -> str:
-    """Return names as one, numbers that differ in braces: ``layer.{0-11}.query.weight``."""
+def name_pattern(names: Sequence[str], *, wild: bool = False) -> str:
+    """Return names as one, numbers that differ in braces: ``layer.{0-11}.query.weight``.
+
+    With ``wild`` every number becomes ``*``: names that share the result differ in numbers only.
+    """
+    if wild:
+        return re.sub(r"(?<![^.])\d+(?![^.])", "*", names[0])
     columns = list(zip(*(name.split(".") for name in names), strict=True))
     return ".".join(next(iter(c)) if len(set(c)) == 1 else f"{{{_numbers(c)}}}" for c in columns)
 
