@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+_SPELLINGS = {
+    "rmatmul": "matmul",
+    "imatmul": "matmul_",
+    "radd": "add",
+    "iadd": "add_",
+    "rmul": "mul",
+    "imul": "mul_",
+    "isub": "sub_",
+    "truediv": "div",
+    "itruediv": "div_",
+    "idiv": "div_",
+    "rtruediv": "rdiv",
+    "ipow": "pow_",
+    "to_copy": "to",
+}
+
 
 def canonical_op(target: Any) -> str:
     """Return one name for a function, a Tensor method, an operator and an aten overload alike.
 
     ``torch.matmul``, ``Tensor.matmul``, ``Tensor.__rmatmul__``, ``operator.matmul`` and
-    ``aten.matmul.default`` are all ``"matmul"``; in-place forms keep their underscore (``"add_"``).
+    ``aten.matmul.default`` are all ``"matmul"``; in-place forms keep their underscore (``"add_"``),
+    private forms lose theirs (``aten._softmax`` is ``"softmax"``).
     """
     if isinstance(target, str):
         name = target
@@ -18,4 +35,5 @@ def canonical_op(target: Any) -> str:
         name = getattr(packet, "__name__", type(packet).__name__)
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
-    return {"rmatmul": "matmul", "imatmul": "matmul_"}.get(name, name)
+    name = name.lstrip("_") or name
+    return _SPELLINGS.get(name, name)

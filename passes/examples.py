@@ -1,0 +1,150 @@
+"""Reading example inputs: what a user gives, or what the model says of itself."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import InputError
+
+_ACCEPTED = "a tensor, a tuple of positional arguments, a mapping of keyword arguments, or (args, kwargs)"
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Arguments to run a model with, and where they came from."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    source: str
+
+
+def read_examples(model: nn.Module, example_inputs: Any) -> Examples:
+    """Return the arguments that ``example_inputs`` means; None asks the model itself.
+
+    Raises:
+        InputError: it is none of the accepted forms, or None and the model has no inputs of its own.
+    """
+    if example_inputs is None:
+        found = own_examples(model)
+        if found is None:
+            raise InputError(
+                "example_inputs",
+                expected=_ACCEPTED,
+                got=f"None, and {type(model).__name__} has no example_input_array or dummy_inputs",
+                advice="Pass inputs that the model can be run with.",
+            )
+        return found
+    args, kwargs = _arguments(example_inputs)
+    return Examples(args, kwargs, "given")
+
+
+def own_examples(model: nn.Module) -> Examples | None:
+    """Return the model's ``example_input_array`` (Lightning) or ``dummy_inputs`` (transformers)."""
+    given = getattr(model, "example_input_array", None)
+    if given is not None:
+        args, kwargs = _arguments(given)
+        return Examples(args, kwargs, f"{type(model).__name__}.example_input_array")
+    given = getattr(model, "dummy_inputs", None)
+    # transformers answers with token ids for every model, also for those that take something else.
+    if not isinstance(given, Mapping) or getattr(model, "main_input_name", "input_ids") not in given:
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kwargs = {str(k): v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    return Examples((), kwargs, f"{type(model).__name__}.dummy_inputs")
+
+
+def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if _is_keywords(given):
+        return (), dict(given)
+    if isinstance(given, tuple):
+        if len(given) == 2 and isinstance(given[0], (tuple, list)) and _is_keywords(given[1]):
+            return tuple(given[0]), dict(given[1])
+        return tuple(given), {}
+    raise InputError(
+        "example_inputs",
+        expected=_ACCEPTED,
+        got=f"a {type(given).__name__}",
+        advice="Wrap a single argument in a tuple: (value,).",
+    )
+
+
+def _is_keywords(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def fresh(value: Any) -> Any:
+    """Return the same tensors in new containers and copied objects, so that a run changes none of them."""
+    if isinstance(value, Tensor) or value is None:
+        return value
+    if type(value) is dict:
+        return {k: fresh(v) for k, v in value.items()}
+    if type(value) in {list, tuple}:
+        return type(value)(fresh(v) for v in value)
+    return copy.deepcopy(value, {id(t): t for _, t in tensors_in(value)})
+
+
+def named_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the arguments with a name made of the argument's and the way to it."""
+    names = _positional_names(model)
+    for index, value in enumerate(args):
+        name = names[index] if index < len(names) else f"arg_{index}"
+        for path, tensor in tensors_in(value):
+            yield "_".join([name, *path]), tensor
+    for name, value in kwargs.items():
+        for path, tensor in tensors_in(value):
+            yield "_".join([name, *path]), tensor
+
+
+def _positional_names(model: nn.Module) -> list[str]:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def tensors_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Yield every tensor inside nested containers, dataclasses and plain objects, each object once."""
+    yield from _tensors_in(value, path, set())
+
+
+def _tensors_in(
+    value: Any, path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if len(path) > _DEPTH or id(value) in seen:
+        return
+    for key, child in children(value):
+        if child is not None and not isinstance(child, (str, int, float)):
+            seen.add(id(value))
+            yield from _tensors_in(child, (*path, key), seen)
+
+
+_DEPTH = 8
+
+
+def children(value: Any) -> list[tuple[str, Any]]:
+    """Return what a container, a dataclass or a plain object holds, by key, index or attribute."""
+    if isinstance(value, Mapping):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(value)]
+    if isinstance(value, (nn.Module, type, torch.dtype, torch.device)) or callable(value):
+        return []
+    if is_dataclass(value):
+        return [(f.name, getattr(value, f.name, None)) for f in fields(value)]
+    return [(str(k), v) for k, v in getattr(value, "__dict__", {}).items()]

@@ -1,0 +1,127 @@
+"""Trace: run a model once on example inputs and write every torch call down in an fx graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import InputError
+from lora_fx.passes.examples import Examples, fresh, named_inputs, read_examples, tensors_in
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.recorder import Recorder
+from lora_fx.passes.snapshot import attributes_kept
+from lora_fx.passes.trace_text import describe
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One recorded run: ``graph`` holds every torch call, the weights by qualified name.
+
+    ``args`` and ``kwargs`` are the example inputs, ``examples`` says where they came from; ``holes``
+    are tensors of unknown origin that the run read (a plain tensor attribute, say).
+    """
+
+    model: nn.Module
+    graph: fx.Graph
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    examples: str = "given"
+    holes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Print a header and one line per call, grouped by module."""
+        return describe(self.model, self.graph, self.examples, self.holes)
+
+    __repr__ = __str__
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
+    """Record one run of the model, in the mode it is in, and leave it exactly as it was.
+
+    Real, fake and meta tensors will do; a model that lies wholly on the meta device takes real inputs
+    too. Uninitialised (lazy) parameters are initialised in a copy, never in the model itself.
+
+    Raises:
+        InputError: the inputs cannot be read, or the model raises on them (chained).
+    """
+    examples = read_examples(model, example_inputs)
+    subject = copy.deepcopy(model) if _has_lazy(model) else model
+    args, kwargs = _placed(subject, examples)
+    recorder = Recorder(subject)
+    for name, tensor in named_inputs(subject, args, kwargs):
+        recorder.input(name, tensor)
+    output = _run(subject, recorder, args, kwargs)
+    recorder.output({".".join(path): tensor for path, tensor in tensors_in(output)})
+    return Trace(
+        model,
+        recorder.graph,
+        examples.args,
+        examples.kwargs,
+        examples.source,
+        tuple(recorder.holes),
+    )
+
+
+def _run(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        with _quiet(model, args, kwargs), preserved(model), attributes_kept(model):
+            try:
+                with recorder.following_modules(), recorder:
+                    return model(*args, **kwargs)
+            finally:
+                recorder.restore_written()
+    except Exception as error:
+        raise InputError(
+            f"example_inputs of {type(model).__name__}",
+            expected="inputs that the model runs with",
+            got=f"{type(error).__name__} in {recorder.raised_in(error) or 'its forward'!r}: {error}",
+            advice="Call model(*args, **kwargs) with them first; the model's own error is chained.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
+    """Inside: no gradients, no attention fast path, no compiled code, the tensors' own fake mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            # Importing the compiler takes seconds: where nobody has, nothing is compiled.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            mode = _fake_mode(model, args, kwargs)
+            if mode is not None:
+                stack.enter_context(mode)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _fake_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [*model.parameters(), *model.buffers(), *(t for _, t in tensors_in((args, kwargs)))]
+    return next((mode for t in tensors if (mode := getattr(t, "fake_mode", None)) is not None), None)
+
+
+def _has_lazy(model: nn.Module) -> bool:
+    tensors = [*model.parameters(), *model.buffers()]
+    return any(is_lazy(t) for t in tensors)
+
+
+def _placed(model: nn.Module, examples: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return fresh containers of the inputs, on the meta device where the whole model is."""
+    args, kwargs = fresh(examples.args), fresh(examples.kwargs)
+    devices = {t.device.type for t in [*model.parameters(), *model.buffers()]}
+    if devices != {"meta"}:
+        return args, kwargs
+    moved = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    return moved[0], moved[1]
