@@ -1,0 +1,177 @@
+"""Which calls of a recorded run multiply with a parameter: a walk from each read through its views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from lora_fx.kinds import BY_OP, Call, Kind, Operand
+from lora_fx.passes.layout import Layout, Memory, whole
+
+COPIES = frozenset(
+    {
+        "clone",
+        "contiguous",
+        "to",
+        "float",
+        "half",
+        "double",
+        "bfloat16",
+        "type",
+        "type_as",
+        "cuda",
+        "cpu",
+        "reshape",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "view",
+        "view_as",
+        "detach",
+        "detach_copy",
+        "alias",
+        "positive",
+        "view_copy",
+        "pin_memory",
+        "unsafe_view",
+        "lift_fresh",
+        "convert_element_type",
+    }
+)
+"""Operations whose result, where it is no view, is a copy of the same elements in row-major order."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One call that has a view of a parameter, or a weight computed from it, in a weight's place."""
+
+    kind: Kind
+    operand: Operand
+    node: fx.Node
+    layout: Layout | None
+    computed: str | None
+    direct: bool
+
+    @property
+    def op(self) -> str:
+        """The canonical operation of the call."""
+        return str(self.node.meta["op"])
+
+
+@dataclass
+class Reach:
+    """What a walk from one parameter found: the multiplications, and the other calls that read it."""
+
+    uses: list[Found] = field(default_factory=list["Found"])
+    reads: list[fx.Node] = field(default_factory=list["fx.Node"])
+
+
+@dataclass(frozen=True)
+class _State:
+    node: fx.Node
+    layout: Layout | None
+    memory: Memory | None
+    computed: str | None
+
+
+def reach(read: fx.Node, active: frozenset[fx.Node]) -> Reach:
+    """Walk from a parameter's ``get_attr`` through views, copies and weight computations.
+
+    ``active`` are the nodes that depend on the inputs: what they return is no weight.
+    """
+    shape = tuple(read.meta["shape"])
+    layout = whole(shape)
+    memory = layout.memory(read.meta["stride"], read.meta["offset"]) if "stride" in read.meta else None
+    found = Reach()
+    waiting = [_State(read, layout, memory, None)]
+    seen = {read}
+    while waiting:
+        state = waiting.pop(0)
+        for user in state.node.users:
+            uses = list(_operands(user, state))
+            found.uses.extend(
+                Found(kind, operand, user, state.layout, state.computed, direct=state.node is read)
+                for kind, operand in uses
+            )
+            following = None if user in seen else _follow(user, state, active)
+            if following is not None:
+                seen.add(user)
+                waiting.append(following)
+            elif not uses and user not in seen:
+                found.reads.append(user)
+    return found
+
+
+def _operands(user: fx.Node, state: _State) -> Iterator[tuple[Kind, Operand]]:
+    kind = BY_OP.get(user.meta.get("op", ""))
+    if kind is None or user.op == "output":
+        return
+    call = Call(user.meta["op"], user.args, user.kwargs, user.meta.get("shape"))
+    for operand in kind.operands(call):
+        if operand.weight is state.node:
+            yield kind, operand
+
+
+def _follow(user: fx.Node, state: _State, active: frozenset[fx.Node]) -> _State | None:
+    """Return the state behind a call that yields the parameter again, or None where it does not."""
+    if user.op == "output" or user in active or user.meta.get("op") in BY_OP:
+        return None
+    if "shape" not in user.meta:  # a tuple of views: split, unbind
+        return _State(user, state.layout, state.memory, state.computed)
+    size, stride = user.meta["shape"], user.meta.get("stride")
+    if stride is None or not user.meta["floating"]:
+        return None
+    writes = user.meta.get("writes", ())
+    if not writes and _same_memory(user, state):
+        layout = None if state.memory is None else state.memory.view(size, stride, user.meta["offset"])
+        return _State(user, layout, state.memory, state.computed)
+    if "shape" not in state.node.meta:
+        return None
+    if not writes and user.meta["op"] in COPIES and user.args and user.args[0] is state.node:
+        layout = None if state.layout is None else state.layout.reshaped(size)
+        return _copied(user, layout, state.computed)
+    if tuple(size) == tuple(state.node.meta["shape"]):
+        return _copied(user, state.layout, user.meta["op"])
+    return None
+
+
+def _copied(user: fx.Node, layout: Layout | None, computed: str | None) -> _State:
+    memory = None if layout is None else layout.memory(user.meta["stride"], user.meta["offset"])
+    return _State(user, layout, memory, computed)
+
+
+def _same_memory(user: fx.Node, state: _State) -> bool:
+    memory = user.meta.get("memory")
+    if memory is None:
+        return False
+    source = state.node
+    while "shape" not in source.meta:  # the tuple that a view was taken from
+        source = source.all_input_nodes[0]
+    return bool(memory == source.meta.get("memory"))
+
+
+def active_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that depend on a placeholder."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that an output depends on; all of them where no output was seen."""
+    output = next((n for n in graph.nodes if n.op == "output"), None)
+    if output is None or not output.all_input_nodes:
+        return frozenset(graph.nodes)
+    found: set[fx.Node] = {output}
+    waiting = [output]
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                waiting.append(node)
+    return frozenset(found)
