@@ -33,8 +33,9 @@ def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) 
         return skip(Reason.UNFIT, site.unfit)
     if isinstance(wanted[0].rule, Train):
         reason = Reason.TWIN if twin else Reason.RULE
+        detail = _join(origin, _tied(site))
         return Decision(
-            site, "train", reason, rule=rule_text, detail=origin, form="full", form_reason="a trained copy"
+            site, "train", reason, rule=rule_text, detail=detail, form="full", form_reason="a trained copy"
         )
     if traced and not facts.uses:
         return skip(Reason.NOT_REACHED, "the run did not use it, and no used weight is its twin")
@@ -45,7 +46,7 @@ def _adapt(site: Site, facts: Site, claims: Sequence[Claim], rule_text: str | No
     rules = [claim.rule for claim in claims if isinstance(claim.rule, Rule)]
     _refuse_mixture(site, rules)
     rule = rules[0]
-    details = [origin]
+    details = [origin, _tied(site)]
     parts: list[Part] = []
     for claim, asked in zip(claims, rules, strict=True):
         part, note = _part(site, claim, asked)
@@ -97,6 +98,12 @@ def _form(facts: Site, rule: Rule) -> tuple[Form, str]:
     return "mixed", f"{sum(branches)} of {len(branches)} uses as a branch; " + (
         "; ".join(other) or "the others cannot be"
     )
+
+
+def _tied(site: Site) -> str:
+    """Say that one parameter is several weights: a change to it is seen by all of them."""
+    others = [name for name in site.names if name != site.name]
+    return f"changes {', '.join(others)} too, which is the same parameter" if others else ""
 
 
 def _skipped_rows(claims: Sequence[Claim]) -> str:

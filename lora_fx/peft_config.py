@@ -124,7 +124,7 @@ def _init(value: object) -> str:
 
 
 def _saved_modules(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    asked = list(given.get("modules_to_save") or ())
+    asked: list[str] = list(given.get("modules_to_save") or ())
     heads = [h for h in _FRESH_HEADS.get(_plain(given.get("task_type")), ()) if h not in asked]
     rules: list[dict[str, Any]] = []
     for names, optional in ((asked, {}), (heads, {"optional": True})):

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -154,6 +155,7 @@ def _fit(
     arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"
     if lost:
         arithmetic += f"; no room for {lost} of {len(slots)} adapters"
+        warnings.warn(arithmetic, UserWarning, stacklevel=4)
     ranks = iter(fit.ranks)
     return tuple(_with_ranks(d, [next(ranks) for _ in d.parts]) for d in decisions), [arithmetic]
 

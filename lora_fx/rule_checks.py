@@ -35,10 +35,10 @@ def check_rules(
     used = {claim.index for found in claims.values() for claim in found}
     notes: list[str] = []
     for index, rule in enumerate(policy.rules):
-        matched = [site for site in facts if rule.matches(site)]
-        extra = extras_by_rule.get(index, 0)
         if rule.optional:
             continue
+        matched = [site for site in facts if rule.matches(site)]
+        extra = extras_by_rule.get(index, 0)
         if not matched and not extra:
             raise _matches_nothing(rule, facts, names)
         if index not in used and not extra:

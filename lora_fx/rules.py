@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 from lora_fx.errors import PolicyError
@@ -103,7 +104,7 @@ class Filters:
         return (
             self._name_matches(site)
             and self._module_matches(site)
-            and (self.kind is None or any(fnmatch.fnmatchcase(site.kind, k) for k in choices(self.kind)))
+            and (self.kind is None or any(fnmatch.fnmatchcase(site.kind, kind) for kind in choices(self.kind)))
             and (not self.roles or any(role in site.roles for role in self.roles))
             and self._depth_matches(site)
             and (self.where is None or bool(self.where(site)))
@@ -270,9 +271,13 @@ def choices(value: Names | Iterable[str]) -> tuple[str, ...]:
 
 def matches_name(name: str, pattern: str) -> bool:
     """Say whether a qualified name matches a glob (``*`` crosses dots) or a ``re:`` expression."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@lru_cache(maxsize=65536)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # A policy may hold hundreds of patterns (a rank for every layer): more than re's own cache keeps.
+    return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
 
 
 def matches_path(path: str, pattern: str) -> bool:

@@ -155,6 +155,14 @@ def test_experts_cost_rank_r_each():
     assert plan([stack], Policy(Rule(rank=2))).parameters == 4 * 2 * (16 + 8)
 
 
+def test_a_tied_weight_says_what_else_it_changes():
+    tied = site("embed.weight", names=("embed.weight", "lm_head.weight"))
+    for policy in (Policy(Rule(rank=2)), Policy(Train(name="lm_head.*"))):
+        made = plan([tied], policy)
+        assert "changes lm_head.weight too" in made["lm_head.weight"].detail
+    assert plan([tied], Policy(Skip())).decisions[0].detail == ""
+
+
 # --- forms ---
 
 
@@ -369,6 +377,17 @@ def test_a_budget_scales_all_ranks_by_one_factor_and_hands_out_the_rest_in_order
     assert "rank 8 scaled to 3 by the budget" in made.decisions[-1].detail
     assert "x 0.3906" in made.notes[0]
     assert "the rules ask 2,048" in made.notes[0]
+
+
+def test_weights_that_the_budget_has_no_room_for_are_warned_of():
+    with pytest.warns(UserWarning, match="no room for 2 of 4 adapters"):
+        made = plan(
+            transformer(1, 8), Policy(Rule(rank=8), budget=2 * 16 + 8, bias="lora_only"),
+            parameters={f"layers.0.attention.{n}.bias": ((4,), "float32") for n in ("query", "output")},
+        )
+    assert [d.reason for d in made.decisions] == [Reason.RULE] * 2 + [Reason.NO_BUDGET] * 2
+    assert [e.name for e in made.extras] == ["layers.0.attention.query.bias"]
+    assert made["layers.0.attention.output.weight"].detail == "rank 8 scaled to 0 by the budget"
 
 
 def test_a_share_and_bytes_are_budgets_too():
