@@ -104,7 +104,9 @@ class Filters:
         return (
             self._name_matches(site)
             and self._module_matches(site)
-            and (self.kind is None or any(fnmatch.fnmatchcase(site.kind, kind) for kind in choices(self.kind)))
+            and (
+                self.kind is None or any(fnmatch.fnmatchcase(site.kind, kind) for kind in choices(self.kind))
+            )
             and (not self.roles or any(role in site.roles for role in self.roles))
             and self._depth_matches(site)
             and (self.where is None or bool(self.where(site)))

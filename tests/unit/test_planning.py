@@ -314,6 +314,29 @@ def test_one_name_of_several_that_matches_nothing_is_warned_of():
         plan(attention("a", 8), Policy(Rule(module=("query", "vlaue"), rank=4)))
 
 
+def test_a_name_of_several_may_be_a_parameter_for_train_but_not_for_an_adapter():
+    sites = [site("a.weight")]
+    plan(sites, Policy(Train(name=("a.weight", "norm.weight"))), parameters=HEAD)
+    with pytest.warns(UserWarning, match="name='norm.weight' in .* matches no weight"):
+        plan(sites, Policy(Rule(name=("a.weight", "norm.weight"), rank=1)), parameters=HEAD)
+
+
+def test_a_depth_that_nothing_has_says_what_depths_there_are():
+    sites = [*transformer(3, 8), site("other.weight")]
+    with pytest.raises(PolicyError, match="Depth is known of 12 weights; blocks: 3") as caught:
+        plan(sites, Policy(Rule(depth=(0.9, 1.0))))
+    assert "Nearest" not in str(caught.value)
+    with pytest.raises(PolicyError) as caught:
+        plan(sites, Policy(Rule(module="querry")))
+    assert "Depth" not in str(caught.value)
+
+
+def test_long_inventories_are_cut():
+    sites = [site(f"part{i}.weight") for i in range(10)]
+    with pytest.raises(PolicyError, match="and 2 more"):
+        plan(sites, Policy(Rule(module="no")))
+
+
 def test_presets_skip_what_is_not_there_without_a_word():
     made = plan(attention("a", 8), Policy.default(rank=2))
     assert len(made.adapted) == 4
@@ -382,7 +405,8 @@ def test_a_budget_scales_all_ranks_by_one_factor_and_hands_out_the_rest_in_order
 def test_weights_that_the_budget_has_no_room_for_are_warned_of():
     with pytest.warns(UserWarning, match="no room for 2 of 4 adapters"):
         made = plan(
-            transformer(1, 8), Policy(Rule(rank=8), budget=2 * 16 + 8, bias="lora_only"),
+            transformer(1, 8),
+            Policy(Rule(rank=8), budget=2 * 16 + 8, bias="lora_only"),
             parameters={f"layers.0.attention.{n}.bias": ((4,), "float32") for n in ("query", "output")},
         )
     assert [d.reason for d in made.decisions] == [Reason.RULE] * 2 + [Reason.NO_BUDGET] * 2
