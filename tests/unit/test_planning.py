@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -201,6 +202,36 @@ def test_unfit_and_integer_weights_are_skipped_with_their_reason():
     assert made["b.weight"].detail == "quantised"
 
 
+def test_what_is_without_effect_has_its_own_reason():
+    sites = [site("a.weight"), site("b.weight", unfit="no-effect: its result reaches no output of the run")]
+    decision = plan(sites, Policy(Rule(rank=2)))["b.weight"]
+    assert (decision.reason, decision.detail) == (Reason.NO_EFFECT, "its result reaches no output of the run")
+
+
+def test_what_cannot_be_adapted_can_still_be_trained_in_full():
+    position = site("position", (1, 16, 8), kind="other", unfit="read by add; never multiplied", uses=())
+    made = plan([position, site("a.weight")], Policy(Train(name="position"), Rule(rank=2)))
+    assert (made["position"].action, made["position"].parameters) == ("train", 128)
+    made = plan([position, site("a.weight")], Policy(Rule(rank=2)))
+    assert (made["position"].action, made["position"].reason) == ("skip", Reason.UNFIT)
+    lazy = replace(site("lazy.weight", unfit="not initialised yet"), shape=())
+    made = plan([lazy, site("a.weight")], Policy(Train(name="lazy.*"), Rule(rank=2)))
+    assert (made["lazy.weight"].action, made["lazy.weight"].reason) == ("skip", Reason.UNFIT)
+
+
+def test_a_weight_of_no_kind_needs_a_run():
+    sites = [site("a.weight", kind="other", uses=()), site("b.weight", uses=())]
+    made = plan(sites, Policy(Rule(rank=2)), traced=False)
+    assert [d.reason for d in made.decisions] == [Reason.UNFIT, Reason.RULE]
+    assert "example_inputs" in made["a.weight"].detail
+
+
+def test_a_rule_whose_weights_are_all_skipped_is_warned_of():
+    sites = [site("a.weight", unfit="quantised"), site("b.weight")]
+    with pytest.warns(UserWarning, match=r"rule 1, .*adapts nothing: all 1 weights.* unfit, quantised"):
+        plan(sites, Policy(Rule(name="a.*"), Rule(rank=2)))
+
+
 def test_a_site_that_the_run_did_not_reach_is_decided_as_its_twin():
     reached = site("experts.0.up.weight", roles={"up": None}, depth=0.5)
     twin = site("experts.1.up.weight", uses=(), twin="experts.0.up.weight")
@@ -355,8 +386,12 @@ def test_a_preset_that_finds_nothing_says_what_the_model_has():
 
 
 def test_a_plan_that_can_train_nothing_is_refused():
-    with pytest.raises(PolicyError, match="2 unfit"):
-        plan([site("a.weight", unfit="x"), site("b.weight", unfit="x")], Policy(Rule()))
+    sites = [site("a.weight", unfit="quantised"), site("b.weight", unfit="quantised")]
+    with (
+        pytest.raises(PolicyError, match=r"2 unfit; b\.weight: unfit, quantised"),
+        pytest.warns(match="adapts nothing"),
+    ):
+        plan(sites, Policy(Rule()))
 
 
 # --- budgets ---
