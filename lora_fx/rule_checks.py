@@ -50,12 +50,14 @@ def check_rules(
                 f"rule {index + 1}, {rule.describe()}, decides nothing: all {len(matched)} weights that it "
                 f"matches were taken by rule {', '.join(map(str, earlier)) or 'none'}"
             )
-        elif not extra and isinstance(rule, Rule) and all(site.name in skipped for site in matched):
-            first = skipped[matched[0].name]
-            notes.append(
-                f"rule {index + 1}, {rule.describe()}, adapts nothing: all {len(matched)} weights that it "
-                f"matches are skipped, {first.name} for one: {first.reason}, {first.detail}"
-            )
+        elif isinstance(rule, Rule):
+            own = [s.name for s in matched if any(claim.index == index for claim in claims[s.name])]
+            if all(name in skipped for name in own):
+                first = skipped[own[0]]
+                notes.append(
+                    f"rule {index + 1}, {rule.describe()}, adapts nothing: all {len(own)} weights that it "
+                    f"decides are skipped, {first.name} for one: {first.reason}, {first.detail}"
+                )
         notes += _idle_choices(rule, facts, names)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)
