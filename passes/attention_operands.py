@@ -1,0 +1,143 @@
+"""Tell an attention's query from its key, and find the weights that make its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.kinds.base import shape_of
+from lora_fx.passes.attention import Attention, Product, fused_operands
+from lora_fx.passes.feeding_rows import DRAWS, Feed, Feeding
+from lora_fx.passes.flow import Flow
+from lora_fx.passes.op_groups import NORMS, SUMS
+from lora_fx.passes.replay import Replay, segment_between, structure
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The query, key and value nodes of one attention; several where its scores are pieced together."""
+
+    q: tuple[fx.Node, ...]
+    k: tuple[fx.Node, ...]
+    v: tuple[fx.Node, ...]
+
+
+@dataclass
+class Orientation:
+    """Tells query from key by what one row of the scores depends on: one query, but every key."""
+
+    flow: Flow
+    _known: dict[Any, bool] = field(default_factory=dict[Any, bool])
+
+    def operands(self, attention: Attention) -> Operands:
+        """Return the operands of an attention."""
+        if attention.fused:
+            q, k, v = fused_operands(attention.node)
+            return Operands((q,), (k,), (v,))
+        queries: list[fx.Node] = []
+        keys: list[fx.Node] = []
+        for product in attention.scores:
+            query, key = (
+                product.factors if self._left_asks(attention.node, product) else product.factors[::-1]
+            )
+            queries.append(query)
+            keys.append(key)
+        return Operands(tuple(dict.fromkeys(queries)), tuple(dict.fromkeys(keys)), attention.values)
+
+    def _left_asks(self, softmax: fx.Node, product: Product) -> bool:
+        scores = softmax.all_input_nodes[0]
+        if product.left is product.right or not shape_of(scores):
+            return True
+        segment = segment_between(scores, product.factors, self.flow.order)
+        key = (structure(segment), softmax.args[1:], tuple(softmax.kwargs.items()))
+        if key not in self._known:
+            run = Replay(segment, DRAWS[0])
+            counts = dict.fromkeys(segment.leaves, 0)
+            for index in _places(shape_of(scores)):
+                cotangent = torch.zeros(shape_of(scores))
+                where: list[Any] = list(index)
+                where[_dimension(softmax)] = slice(None)
+                cotangent[tuple(where)] = 1.0
+                for leaf, gradient in zip(segment.leaves, run.pulled_back(cotangent), strict=True):
+                    counts[leaf] += int((gradient != 0).sum())
+            self._known[key] = counts[product.left] <= counts[product.right]
+        return self._known[key]
+
+
+def _dimension(softmax: fx.Node) -> int:
+    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else -1)
+    return dim if isinstance(dim, int) else -1
+
+
+def _places(shape: tuple[int, ...]) -> list[list[int]]:
+    """A few places of a tensor: the last (which causal masks leave whole), the middle, one between."""
+    return [[n - 1 for n in shape], [n // 2 for n in shape], [(2 * n) // 3 for n in shape]]
+
+
+def feeds_of(flow: Flow, feeding: Feeding, node: fx.Node) -> tuple[Feed, ...]:
+    """Return the weights that make an operand, with their rows: those nearest to it.
+
+    Left out are look-ups, and weights of a residual stream that reach the operand past one another:
+    there the operand is the stream itself and no weight's result.
+    """
+    calls = _pointwise(flow, node)
+    feeds = feeding.rows(node, calls)
+    feeds = tuple(feed for feed in feeds if not flow.is_embedding(feed.call))
+    passing: set[fx.Node] = set()
+    for lower in feeds:
+        for upper in feeds:
+            if flow.above(lower.call, upper.call) and _overlap(flow, feeding, upper, lower):
+                passing |= {upper.call, lower.call}
+    return tuple(feed for feed in feeds if feed.call not in passing)
+
+
+def _overlap(flow: Flow, feeding: Feeding, upper: Feed, lower: Feed) -> bool:
+    """Whether the rows of ``upper`` that feed the operand also feed ``lower``."""
+    for source in flow.inputs(lower.call):
+        for feed in feeding.rows(source, flow.makers(source)):
+            if feed.call is upper.call and feed.site is upper.site:
+                return bool((feed.rows & upper.rows).any())
+    return True
+
+
+def _pointwise(flow: Flow, node: fx.Node) -> Iterable[fx.Node]:
+    """Return the nearest calls, looking through depthwise convolutions of one weight's result."""
+    found: dict[fx.Node, None] = {}
+    for call in flow.makers(node):
+        behind = behind_depthwise(flow, call)
+        found[call if behind is None else behind] = None
+    return found
+
+
+def behind_depthwise(flow: Flow, call: fx.Node) -> fx.Node | None:
+    """Return the one call whose result a depthwise convolution filters, or None."""
+    if not is_depthwise(flow, call):
+        return None
+    (source,) = flow.inputs(call)
+    calls = flow.makers(source)
+    if len(calls) != 1 or any(n.meta.get("op") in NORMS | SUMS for n in flow.walk_up(source)):
+        return None
+    return behind_depthwise(flow, calls[0]) or (None if flow.is_embedding(calls[0]) else calls[0])
+
+
+def is_depthwise(flow: Flow, call: fx.Node) -> bool:
+    """Whether a call is a convolution of every channel by itself."""
+    link = flow.links[call][0]
+    shape = link.site.shape
+    return (
+        link.site.kind == "conv"
+        and len(shape) > 2
+        and shape[1] == 1
+        and shape[0] > 1
+        and _groups(call) == shape[0]
+    )
+
+
+def _groups(call: fx.Node) -> int:
+    position = 8 if call.meta.get("op") == "convolution" else 6
+    groups = call.args[position] if len(call.args) > position else call.kwargs.get("groups", 1)
+    return groups if isinstance(groups, int) else 1

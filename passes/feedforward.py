@@ -1,0 +1,205 @@
+"""Find feed-forward blocks: the weights around an activation, inside one residual branch.
+
+    y = x + down(act(up(x)))            up, down
+    y = x + down(act(gate(x)) * up(x))  gate, up, down
+
+``up``, ``gate`` and ``down`` are pointwise (linear, 1x1 convolution, experts); norms, dropout and
+depthwise convolutions may stand between them. Rows of a fused weight are ``gate`` if they go through
+the activation and others do not; where all do, they are ``up``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from lora_fx.kinds.base import shape_of
+from lora_fx.passes.attention_operands import behind_depthwise
+from lora_fx.passes.feeding_rows import Feed, Feeding, Mask
+from lora_fx.passes.flow import Flow, is_floating
+from lora_fx.passes.op_groups import (
+    ACTIVATIONS,
+    FUSED_ATTENTION,
+    MIXTURES,
+    PRODUCTS,
+    SELECTIONS,
+    SOFTMAX,
+    SUMS,
+    WHOLE_ATTENTION,
+)
+from lora_fx.sites import Site
+
+_MOST_MAKERS = 6
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The weights of one block: the call of ``down``, and rows by role of those that feed it."""
+
+    down: fx.Node
+    rows: tuple[tuple[str, Site, Mask], ...]
+
+
+def feed_forwards(flow: Flow, feeding: Feeding) -> Iterator[FeedForward]:
+    """Yield every feed-forward block of the graph."""
+    for call in flow.calls:
+        if not _pointwise(flow, call):
+            continue
+        for source in flow.inputs(call):
+            found = _block(flow, feeding, call, source)
+            if found is not None:
+                yield found
+
+
+def _pointwise(flow: Flow, call: fx.Node) -> bool:
+    """Whether every weight of a call acts on each position by itself."""
+    if flow.is_embedding(call) or call.meta.get("op") in WHOLE_ATTENTION:
+        return False
+    shapes = [link.site.shape for link in flow.links[call] if link.site.kind == "conv"]
+    return all(set(shape[2:]) <= {1} for shape in shapes) and all(
+        shape_of(call)[link.operand.channel] == link.site.form.out_features
+        for link in flow.links[call]
+        if link.site.kind == "conv" and link.operand is not None
+    )
+
+
+def _block(flow: Flow, feeding: Feeding, down: fx.Node, source: fx.Node) -> FeedForward | None:
+    inside = _inside(flow, source)
+    if inside is None:
+        return None
+    makers = [behind_depthwise(flow, call) or call for call in inside.makers]
+    bends = [node for node in inside.nodes if node.meta.get("op") in ACTIVATIONS]
+    if not bends or not all(_pointwise(flow, call) for call in makers):
+        return None
+    if not any(_returns_to_stream(flow, down, call) for call in makers):
+        return None
+    rows = _rows(flow, feeding, source, list(dict.fromkeys(makers)), bends)
+    return FeedForward(down, rows) if rows else None
+
+
+@dataclass(frozen=True)
+class _Inside:
+    makers: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
+    """Walk up from what ``down`` multiplies; None where this cannot be a feed-forward block's inside."""
+    if flow.near(source).bit_count() > _MOST_MAKERS:
+        return None
+    makers: list[fx.Node] = []
+    seen, stack = {source}, [source]
+    while stack:
+        node = stack.pop()
+        op = node.meta.get("op")
+        if node in flow.links:
+            if flow.is_embedding(node):
+                return None
+            makers.append(node)
+            behind = behind_depthwise(flow, node)
+            if behind is not None:
+                # What stands before the depthwise convolution is inside too: an activation may.
+                stack.extend(n for n in flow.inputs(node) if n not in seen)
+                seen.update(flow.inputs(node))
+                makers[-1] = behind
+        elif op in SOFTMAX | FUSED_ATTENTION | SELECTIONS or node in flow.veins:
+            continue  # what an attention or a router adds is another's
+        elif op in PRODUCTS or op in MIXTURES:
+            return None
+        else:
+            fresh = [n for n in flow.sources(node) if n not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
+    return _Inside(tuple(dict.fromkeys(makers)), tuple(seen)) if makers else None
+
+
+def _rows(
+    flow: Flow, feeding: Feeding, source: fx.Node, makers: list[fx.Node], bends: list[fx.Node]
+) -> tuple[tuple[str, Site, Mask], ...]:
+    """Tell gate from up: gate's rows go through the activation where up's go past it."""
+    whole = feeding.rows(source, makers)
+    glus = [node for node in bends if node.meta.get("op") == "glu"]
+    bent: list[Feed] = []
+    for node in glus or bends:
+        inner = next(flow.sources(node), None)
+        if inner is not None:
+            bent += feeding.rows(inner, makers, part=_gate_half(node) if glus else None)
+    past = whole if glus else feeding.rows(source, makers, cut=bends)
+    dropped = _side_gates(flow, makers, bent, past)
+    if dropped is None:
+        return ()
+    gates = _masks(bent, dropped)
+    ups = {key: mask & ~gates[key] if key in gates else mask for key, mask in _masks(past, dropped).items()}
+    if not any(bool(mask.any()) for mask in ups.values()):
+        return tuple(
+            ("up", site, mask) for (site, mask) in _sites(_masks([*whole, *bent], dropped), whole, bent)
+        )
+    return (
+        *(("up", site, mask) for site, mask in _sites(ups, whole, bent) if bool(mask.any())),
+        *(("gate", site, mask) for site, mask in _sites(gates, whole, bent)),
+    )
+
+
+def _masks(feeds: list[Feed] | tuple[Feed, ...], dropped: set[fx.Node]) -> dict[str, Mask]:
+    masks: dict[str, Mask] = {}
+    for feed in feeds:
+        if feed.call not in dropped:
+            name = feed.site.name
+            masks[name] = masks[name] | feed.rows if name in masks else feed.rows
+    return masks
+
+
+def _sites(masks: dict[str, Mask], *feeds: tuple[Feed, ...] | list[Feed]) -> list[tuple[Site, Mask]]:
+    sites = {feed.site.name: feed.site for group in feeds for feed in group}
+    return [(sites[name], mask) for name, mask in masks.items()]
+
+
+def _side_gates(
+    flow: Flow, makers: list[fx.Node], bent: list[Feed], past: tuple[Feed, ...]
+) -> set[fx.Node] | None:
+    """Of makers that feed one another, drop those that only scale; None where one does more.
+
+    A squeeze-and-excitation or a spatial gating unit stands between ``up`` and ``down`` and multiplies.
+    """
+    dropped: set[fx.Node] = set()
+    only_bent = {feed.call for feed in bent} - {feed.call for feed in past}
+    for lower in makers:
+        if any(flow.above(lower, upper) for upper in makers):
+            if lower not in only_bent:
+                return None
+            dropped.add(lower)
+    return dropped
+
+
+def _gate_half(glu: fx.Node) -> tuple[int, int, int]:
+    """The second half of what a gated linear unit splits: (dimension, start, stop)."""
+    dim = glu.kwargs.get("dim", glu.args[1] if len(glu.args) > 1 else -1)
+    assert isinstance(dim, int)
+    size = shape_of(next(iter(glu.all_input_nodes)))[dim]
+    return dim, size // 2, size
+
+
+def _returns_to_stream(flow: Flow, down: fx.Node, up: fx.Node) -> bool:
+    """Whether ``down``'s result is added to the stream that ``up`` reads."""
+    stream: set[fx.Node] = set()
+    makers = 0
+    for source in flow.inputs(up):
+        stream |= flow.walk_up(source)
+        makers |= flow.near(source)
+    seen, stack = {down}, [down]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen or not is_floating(user) or user in flow.links:
+                continue
+            seen.add(user)
+            op = user.meta.get("op")
+            if op in SUMS:
+                others = [n for n in flow.sources(user) if n is not node]
+                if any(n in stream or flow.near(n) & makers for n in others):
+                    return True
+            if op not in PRODUCTS and op not in SOFTMAX and op not in ACTIVATIONS:
+                stack.append(user)
+    return False
