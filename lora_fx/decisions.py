@@ -9,7 +9,7 @@ from lora_fx.errors import PolicyError
 from lora_fx.matrix import row_count
 from lora_fx.plans import Decision, Form, Part, Reason
 from lora_fx.policy import Rule, Skip, Train
-from lora_fx.sites import Site
+from lora_fx.sites import NO_EFFECT, OTHER, Site
 
 
 def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) -> Decision:
@@ -20,26 +20,39 @@ def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) 
     wanted = [claim for claim in claims if not isinstance(claim.rule, Skip)]
 
     def skip(reason: Reason, detail: str) -> Decision:
-        kept = reason if not twin or reason in (Reason.UNFIT, Reason.NOT_FLOAT) else Reason.TWIN
-        return Decision(site, "skip", kept, rule=rule_text, detail=_join(origin, detail))
+        inherited = twin and reason in (Reason.SKIP_RULE, Reason.NO_RULE)
+        return Decision(
+            site, "skip", Reason.TWIN if inherited else reason, rule=rule_text, detail=_join(origin, detail)
+        )
 
     if not wanted:
-        if claims:
-            return skip(Reason.SKIP_RULE, _skipped_rows(claims))
-        return skip(Reason.NO_RULE, "")
+        return skip(Reason.SKIP_RULE, _skipped_rows(claims)) if claims else skip(Reason.NO_RULE, "")
     if "float" not in site.dtype:
         return skip(Reason.NOT_FLOAT, f"{site.dtype} cannot be trained")
-    if site.unfit is not None:
-        return skip(Reason.UNFIT, site.unfit)
-    if isinstance(wanted[0].rule, Train):
+    if isinstance(wanted[0].rule, Train) and site.shape:
+        # A trained copy needs no multiplication: what cannot be adapted can still be trained.
         reason = Reason.TWIN if twin else Reason.RULE
         detail = _join(origin, _tied(site))
         return Decision(
             site, "train", reason, rule=rule_text, detail=detail, form="full", form_reason="a trained copy"
         )
-    if traced and not facts.uses:
-        return skip(Reason.NOT_REACHED, "the run did not use it, and no used weight is its twin")
+    obstacle = _obstacle(site, facts, traced=traced)
+    if obstacle is not None:
+        return skip(*obstacle)
     return _adapt(site, facts, wanted, rule_text, origin)
+
+
+def _obstacle(site: Site, facts: Site, *, traced: bool) -> tuple[Reason, str] | None:
+    """Return why a site cannot be adapted, or None."""
+    if site.unfit is not None and site.unfit.startswith(NO_EFFECT):
+        return Reason.NO_EFFECT, site.unfit.removeprefix(NO_EFFECT).lstrip(": ")
+    if site.unfit is not None:
+        return Reason.UNFIT, site.unfit
+    if traced and not facts.uses:
+        return Reason.NOT_REACHED, "the run did not use it, and no used weight is its twin"
+    if site.kind == OTHER and not facts.uses:
+        return Reason.UNFIT, "what it does shows in a recorded run alone: pass example_inputs"
+    return None
 
 
 def _adapt(site: Site, facts: Site, claims: Sequence[Claim], rule_text: str | None, origin: str) -> Decision:

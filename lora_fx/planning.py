@@ -56,7 +56,7 @@ def make_plan(
     decisions = tuple(decide(site, facts[site.name], claims[site.name], traced=traced) for site in sites)
     trained, by_rule = train_extras(policy.rules, claims, parameters, owners or {}, decisions)
     extras = bias_extras(policy.bias, decisions, parameters, trained)
-    notes = check_rules(policy, list(facts.values()), claims, by_rule, list(parameters))
+    notes = check_rules(policy, list(facts.values()), claims, by_rule, list(parameters), decisions)
     _refuse_dropout(decisions)
     if policy.budget is not None:
         budget = parse_budget(policy.budget)
@@ -113,12 +113,13 @@ def _refuse_nothing(plan: Plan, policy: Policy, facts: Sequence[Site]) -> None:
     if plan.parameters or not asks:
         return
     reasons = Counter(d.reason.value for d in plan.decisions)
+    examples = {d.reason: f"{d.name}: {d.reason}, {d.detail}" for d in plan.decisions if d.detail}
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no weights"
     raise PolicyError(
         repr(policy),
         expected="at least one weight that is trained",
-        got=f"none ({', '.join(f'{count} {reason}' for reason, count in reasons.items()) or 'no weights'}); "
-        f"the model has {describe_sites(facts)}",
-        advice="Choose among what the model has; str(plan) of a wider policy shows each weight's reason.",
+        got=f"none ({'; '.join([counts, *examples.values()])}); the model has {describe_sites(facts)}",
+        advice="Choose among what the model has.",
     )
 
 

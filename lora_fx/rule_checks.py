@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from lora_fx.claims import Claim
 from lora_fx.errors import PolicyError
 from lora_fx.inventory import describe_sites, nearest, only, why_nothing
+from lora_fx.plans import Decision
 from lora_fx.policy import AnyRule, Policy, Rule, choices
 from lora_fx.sites import Site
 
@@ -30,8 +31,10 @@ def check_rules(
     claims: Mapping[str, tuple[Claim, ...]],
     extras_by_rule: Mapping[int, int],
     names: Sequence[str],
+    decisions: Sequence[Decision],
 ) -> list[str]:
-    """Refuse rules that match nothing; return notes (also warned of) on shadowed ones."""
+    """Refuse rules that match nothing; return notes (also warned of) on those without effect."""
+    skipped = {d.name: d for d in decisions if d.action == "skip"}
     used = {claim.index for found in claims.values() for claim in found}
     notes: list[str] = []
     for index, rule in enumerate(policy.rules):
@@ -47,6 +50,14 @@ def check_rules(
                 f"rule {index + 1}, {rule.describe()}, decides nothing: all {len(matched)} weights that it "
                 f"matches were taken by rule {', '.join(map(str, earlier)) or 'none'}"
             )
+        elif isinstance(rule, Rule):
+            own = [s.name for s in matched if any(claim.index == index for claim in claims[s.name])]
+            if all(name in skipped for name in own):
+                first = skipped[own[0]]
+                notes.append(
+                    f"rule {index + 1}, {rule.describe()}, adapts nothing: all {len(own)} weights that it "
+                    f"decides are skipped, {first.name} for one: {first.reason}, {first.detail}"
+                )
         notes += _idle_choices(rule, facts, names)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)

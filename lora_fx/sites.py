@@ -11,6 +11,11 @@ from lora_fx.matrix import MatrixForm, Rows
 ROLES = ("q", "k", "v", "o", "up", "gate", "down", "stem", "head", "router", "embedding")
 """What a site can be seen to do in the dataflow."""
 
+OTHER = "other"
+"""The kind of a weight that no kind of the registry knows."""
+NO_EFFECT = "no-effect"
+"""What ``Site.unfit`` starts with where the uses of a weight reach no output of the run."""
+
 
 @dataclass(frozen=True)
 class Use:

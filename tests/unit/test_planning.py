@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -201,11 +203,43 @@ def test_unfit_and_integer_weights_are_skipped_with_their_reason():
     assert made["b.weight"].detail == "quantised"
 
 
+def test_what_is_without_effect_has_its_own_reason():
+    sites = [site("a.weight"), site("b.weight", unfit="no-effect: its result reaches no output of the run")]
+    decision = plan(sites, Policy(Rule(rank=2)))["b.weight"]
+    assert (decision.reason, decision.detail) == (Reason.NO_EFFECT, "its result reaches no output of the run")
+
+
+def test_what_cannot_be_adapted_can_still_be_trained_in_full():
+    position = site("position", (1, 16, 8), kind="other", unfit="read by add; never multiplied", uses=())
+    made = plan([position, site("a.weight")], Policy(Train(name="position"), Rule(rank=2)))
+    assert (made["position"].action, made["position"].parameters) == ("train", 128)
+    made = plan([position, site("a.weight")], Policy(Rule(rank=2)))
+    assert (made["position"].action, made["position"].reason) == ("skip", Reason.UNFIT)
+    lazy = replace(site("lazy.weight", unfit="not initialised yet"), shape=())
+    made = plan([lazy, site("a.weight")], Policy(Train(name="lazy.*"), Rule(rank=2)))
+    assert (made["lazy.weight"].action, made["lazy.weight"].reason) == ("skip", Reason.UNFIT)
+
+
+def test_a_weight_of_no_kind_needs_a_run():
+    sites = [site("a.weight", kind="other", uses=()), site("b.weight", uses=())]
+    made = plan(sites, Policy(Rule(rank=2)), traced=False)
+    assert [d.reason for d in made.decisions] == [Reason.UNFIT, Reason.RULE]
+    assert "example_inputs" in made["a.weight"].detail
+
+
+def test_a_rule_whose_weights_are_all_skipped_is_warned_of():
+    sites = [site("a.weight", unfit="quantised"), site("b.weight")]
+    with pytest.warns(
+        UserWarning, match=r"rule 1, .*adapts nothing: all 1 weights that it decides .* unfit, quantised"
+    ):
+        plan(sites, Policy(Rule(name="a.*"), Rule(rank=2)))
+
+
 def test_a_site_that_the_run_did_not_reach_is_decided_as_its_twin():
     reached = site("experts.0.up.weight", roles={"up": None}, depth=0.5)
     twin = site("experts.1.up.weight", uses=(), twin="experts.0.up.weight")
     alone = site("other.weight", uses=())
-    made = plan([reached, twin, alone], Policy(Rule(role="up", rank=2), Rule(rank=4)))
+    made = plan([reached, twin, alone, site("used.weight")], Policy(Rule(role="up", rank=2), Rule(rank=4)))
     assert (made[twin.name].action, made[twin.name].reason) == ("adapt", Reason.TWIN)
     assert (made[twin.name].rank, made[twin.name].form) == (2, "branch")
     assert "twin experts.0.up.weight" in made[twin.name].detail
@@ -355,8 +389,12 @@ def test_a_preset_that_finds_nothing_says_what_the_model_has():
 
 
 def test_a_plan_that_can_train_nothing_is_refused():
-    with pytest.raises(PolicyError, match="2 unfit"):
-        plan([site("a.weight", unfit="x"), site("b.weight", unfit="x")], Policy(Rule()))
+    sites = [site("a.weight", unfit="quantised"), site("b.weight", unfit="quantised")]
+    with (
+        pytest.raises(PolicyError, match=r"2 unfit; b\.weight: unfit, quantised"),
+        pytest.warns(match="adapts nothing"),
+    ):
+        plan(sites, Policy(Rule()))
 
 
 # --- budgets ---
@@ -442,6 +480,93 @@ def test_a_plan_survives_json():
     sites = [fused(), site("head.weight"), site("b.weight", unfit="no")]
     made = plan(sites, Policy(Train(name="head.*"), Rule(rank=2, dora=True), bias="all"), parameters=HEAD)
     assert Plan.from_json(made.to_json()) == made
+
+
+# --- properties over drawn models and policies ---
+
+
+@st.composite
+def drawn_sites(draw):
+    """Sites of 1 to 12 rows whose roles play any rows, with any number of uses."""
+    sites = []
+    for index in range(draw(st.integers(1, 4))):
+        rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+        edges = draw(st.lists(st.integers(0, rows), max_size=4, unique=True).map(sorted))
+        spans = list(pairwise(edges))
+        played = st.one_of(
+            st.none(), st.lists(st.sampled_from(spans or [(0, rows)]), min_size=1, unique=True)
+        )
+        roles = draw(st.dictionaries(st.sampled_from("qkvo"), played.map(lambda r: r and tuple(sorted(r)))))
+        uses = draw(st.lists(st.sampled_from([BRANCH, WEIGHT]), max_size=3))
+        unfit = draw(st.sampled_from([None, None, None, "quantised"]))
+        dtype = draw(st.sampled_from(["float32", "float32", "bfloat16", "int8"]))
+        sites.append(
+            site(f"l.{index}.weight", (rows, columns), roles=roles, uses=uses, unfit=unfit, dtype=dtype)
+        )
+    return sites
+
+
+drawn_filters = st.sampled_from(
+    [{}, {"role": "q"}, {"role": "kv"}, {"role": "qkvo"}, {"name": "l.0.*"}, {"name": "l.1.*", "role": "q"}]
+)
+drawn_rules = st.lists(
+    st.builds(
+        lambda cls, given, rank: cls(**given, optional=True, **({"rank": rank} if cls is Rule else {})),
+        st.sampled_from([Rule, Rule, Skip, Train]),
+        drawn_filters,
+        st.integers(1, 8),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def rows_of(part: Part, out: int) -> set[int]:
+    return {i for start, stop in part.rows or ((0, out),) for i in range(start, stop)}
+
+
+@given(drawn_sites(), drawn_rules)
+def test_every_row_is_decided_by_the_first_rule_that_asks_for_it(sites, rules):
+    """Row by row against the definition: the rank of a row's part is that of the first rule for it."""
+    policy = Policy(*rules, Skip(optional=True))
+    try:
+        made = plan(sites, policy)
+    except PolicyError as error:
+        if error.expected != "at least one weight that is trained":
+            raise
+        return
+    assert Plan.from_json(made.to_json()) == made
+    for s, decision in zip(sites, made.decisions, strict=True):
+        out, columns = s.shape
+        assert decision.site is s
+        assert len({part.role for part in decision.parts}) == len(decision.parts)
+        if decision.action == "adapt":
+            assert s.uses
+            assert s.unfit is None
+            assert decision.reason is Reason.RULE
+            for part in decision.parts:
+                assert 1 <= part.rank <= min(len(rows_of(part, out)), columns)
+        if s.unfit or s.dtype == "int8" or not s.uses or decision.action == "train":
+            continue
+        if any(isinstance(rule, Train) and rule.matches(s) for rule in rules):
+            continue  # takes all of it or nothing
+        for row in range(out):
+            first = next((rule for rule in rules if asks_for(rule, s, row)), Skip())
+            ranks = {part.rank for part in decision.parts if row in rows_of(part, out)}
+            if isinstance(first, Rule):
+                assert ranks
+                assert max(ranks) <= first.rank
+            else:
+                assert not ranks
+
+
+def asks_for(rule, s, row) -> bool:
+    if not rule.matches(s):
+        return False
+    if not rule.roles:
+        return True
+    played = [s.roles[role] for role in rule.roles if role in s.roles]
+    return any(rows is None or any(a <= row < b for a, b in rows) for rows in played)
 
 
 ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=5)

@@ -1,0 +1,159 @@
+"""Certify: prove that a folded ONNX file is its base with exactly the adapter's weights changed.
+
+``structure``          same nodes, attributes, wiring, shapes, dtypes, opsets (names made up by the
+                       exporter aside)
+``changed-set``        exactly the weights that the adapter changes differ from the base
+``delta``              each of them holds W, to rounding
+``untouched``          every other initializer is the base's, bit for bit
+``runtime-structure``  the same graph after the runtime's own optimisation on the provider in use
+``effect``             the outputs differ from the base's, and are finite where those are
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_fx.certificates import Certificate, Check
+from lora_fx.passes import onnx_files, onnx_parity
+from lora_fx.passes.certify_values import Pairs, same_tensor, value_checks
+from lora_fx.passes.onnx_canonical import canonical
+from lora_fx.passes.onnx_diff import Comparison, compare
+from lora_fx.passes.onnx_feeds import random_feeds
+from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
+from lora_fx.passes.onnx_runtime import Opened, open_optimised
+from lora_fx.passes.onnx_subject import Weights
+from lora_fx.providers import Providers, Runtime, choose
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The static checks, and the open sessions for those that run the files."""
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+    base: Opened | None
+    folded: Opened | None
+    runtime: Runtime
+
+
+def environment(runtime: Runtime) -> dict[str, str]:
+    """Return the versions and the provider under which checks ran."""
+    names = ("lora_fx", "torch", "onnx", "onnxscript")
+    found = {name: importlib.metadata.version(name) for name in names}
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**found, "provider": runtime.first}
+
+
+def examine(
+    base_path: Path, folded_path: Path, weights: Weights | None, *, providers: Providers = "auto"
+) -> Evidence:
+    """Make every check that needs no torch model; open both files in the runtime."""
+    base, folded = onnx_files.load(base_path), onnx_files.load(folded_path)
+    comparison = compare(base, folded)
+    checks = [structure_check("structure", base, folded, comparison)]
+    notes: list[str] = []
+    pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
+    checks += _value_checks(base, pairs, weights, notes)
+    runtime = choose(providers)
+    opened: list[Opened] = []
+    for name, path in (("base", base_path), ("folded", folded_path)):
+        try:
+            opened.append(open_optimised(path, runtime))
+        except Exception as error:  # noqa: BLE001 - a file that the runtime refuses is a finding
+            checks.append(Check("runtime-structure", ok=False, detail=str(error), place=f"the {name} file"))
+            return Evidence(tuple(checks), tuple(notes), None, None, runtime)
+    first, second = opened
+    checks.append(
+        structure_check("runtime-structure", first.graph, second.graph, compare(first.graph, second.graph))
+    )
+    return Evidence(tuple(checks), tuple(notes), first, second, runtime)
+
+
+def structure_check(name: str, base: ir.Model, folded: ir.Model, comparison: Comparison) -> Check:
+    """Compare canonical digests; name the first difference where they differ."""
+    digests = canonical(base).digest, canonical(folded).digest
+    data = {"base": digests[0], "folded": digests[1]}
+    difference = comparison.difference
+    if digests[0] == digests[1] and difference is None:
+        nodes = sum(1 for _ in base.graph)
+        return Check(
+            name, ok=True, detail=f"{nodes} nodes, digest {digests[0][:12]} on both sides", data=data
+        )
+    if difference is None:
+        return Check(name, ok=False, detail="the digests differ", place="the graph", data=data)
+    found = f"the base has {difference.base}, this file has {difference.other}"
+    return Check(name, ok=False, detail=found, place=difference.place, data=data)
+
+
+def _by_name(base: ir.Model, folded: ir.Model) -> Pairs:
+    theirs = folded.graph.initializers
+    return [(value, theirs[name]) for name, value in base.graph.initializers.items() if name in theirs]
+
+
+def _value_checks(base: ir.Model, pairs: Pairs, weights: Weights | None, notes: list[str]) -> Sequence[Check]:
+    if weights is not None and MAPPING_KEY in base.metadata_props:
+        mapping = ParameterMap.from_json(base.metadata_props[MAPPING_KEY])
+        return value_checks(base, pairs, mapping, weights)
+    changed = sorted(b.name or "" for b, o in pairs if not same_tensor(b.const_value, o.const_value))
+    notes.append("which initializers should have changed was not known: no adapter was given")
+    detail = f"{len(changed)} of {len(pairs)} initializers differ: {', '.join(changed[:5])}"
+    return [Check("changed", ok=bool(changed), detail=detail, data={"changed": changed})]
+
+
+def effect_check(evidence: Evidence, feeds: Mapping[str, Any]) -> Check:
+    """Run both files on the same inputs: the outputs must differ, and be finite where the base's are."""
+    assert evidence.base is not None
+    assert evidence.folded is not None
+    try:
+        before = onnx_parity.run(evidence.base.session, feeds)
+        after = onnx_parity.run(evidence.folded.session, feeds)
+    except onnx_parity.RuntimeFault as error:
+        return Check("effect", ok=False, detail=str(error), place="the runtime")
+    gap = onnx_parity.distance(after, before)
+    if gap == float("inf"):
+        return Check("effect", ok=False, detail="the folded outputs are not finite", place="the outputs")
+    if gap == 0:
+        return Check("effect", ok=False, detail="the outputs are the base's", place="the outputs")
+    return Check(
+        "effect", ok=True, detail=f"the outputs move by {gap:.3g} of their norm", data={"moved": gap}
+    )
+
+
+def certify(
+    base_onnx: str | Path,
+    folded_onnx: str | Path,
+    *,
+    adapter: Weights | None = None,
+    providers: Providers = "auto",
+) -> Certificate:
+    """Return the certificate of a folded file against its base.
+
+    With the adapter, the changed initializers are checked against what it makes of the base's own
+    weights; without, only which of them changed is reported.
+
+    Raises:
+        ExportError: a file is no ONNX model.
+        ProviderError: the provider asked for is not there.
+    """
+    base_path, folded_path = Path(base_onnx), Path(folded_onnx)
+    evidence = examine(base_path, folded_path, adapter, providers=providers)
+    checks = list(evidence.checks)
+    if evidence.base is not None:
+        checks.append(effect_check(evidence, random_feeds(evidence.base.session, seed=0)))
+    return Certificate(
+        base_path.name,
+        folded_path.name,
+        tuple(checks),
+        environment(evidence.runtime),
+        evidence.notes,
+    )

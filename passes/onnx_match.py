@@ -1,0 +1,165 @@
+"""Finding the recipes: provenance proposes initializers, values decide.
+
+An initializer is a candidate for a parameter when it bears its name or the exporter's optimiser noted
+that it was folded from it. A name alone proves nothing (a convolution fused with its normalisation
+keeps its weight's name and holds other values), so each recipe must give the initializer's bits
+exactly, and what no recipe gives is called opaque.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lora_fx.fingerprints import fingerprint
+from lora_fx.passes.onnx_canonical import all_initializers
+from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe, Run, Scale
+from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, dtype_name, same_bits
+
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+_MAX_SCALED = 4
+
+
+def find_map(model: ir.Model, parameters: Mapping[str, tuple[Tensor, tuple[str, ...]]]) -> ParameterMap:
+    """Return how every parameter lies in an optimised model, which still has its exporter's metadata.
+
+    ``parameters`` gives, by qualified name, the value that was exported and all the names.
+    """
+    sources = provenance(all_initializers(model.graph))
+    placements: dict[str, Placement] = {}
+    for name, (value, names) in parameters.items():
+        candidates = {v.name: v for each in (name, *names) for v in sources.get(each, ())}
+        recipes = [recipe_for(value, candidate) for candidate in candidates.values()]
+        known = tuple(recipe for recipe in recipes if recipe is not None)
+        obscure = tuple(
+            str(candidate) for candidate, recipe in zip(candidates, recipes, strict=True) if recipe is None
+        )
+        placements[name] = Placement(known, obscure, names, fingerprint(value))
+    return ParameterMap(placements)
+
+
+def provenance(initializers: Iterable[ir.Value]) -> dict[str, list[ir.Value]]:
+    """Return the float initializers by the names of what they were made from."""
+    found: dict[str, list[ir.Value]] = {}
+    for value in initializers:
+        if not can_hold_weights(value.const_value):
+            continue
+        noted = value.metadata_props.get(_FOLDED_FROM)
+        origins = {value.name or "", *(ast.literal_eval(noted) if noted else ())}
+        for origin in origins:
+            found.setdefault(origin, []).append(value)
+    return found
+
+
+def recipe_for(value: Tensor, initializer: ir.Value) -> Recipe | None:
+    """Return the recipe that makes an initializer from a parameter's value, bit for bit, or None."""
+    tensor = initializer.const_value
+    assert tensor is not None
+    held = as_torch(tensor)
+    value = value.detach().cpu()
+    for recipe in _proposals(value, held, initializer.name or "", dtype_name(tensor)):
+        if same_bits(recipe.apply(value, held), held):
+            return recipe
+    return None
+
+
+def _proposals(value: Tensor, held: Tensor, name: str, dtype: str) -> Iterator[Recipe]:
+    shape = tuple(held.shape)
+    cast = value.to(held.dtype)
+    for perm in _permutations(cast, held):
+        yield Recipe(name, shape, dtype, perm)
+    for axis in range(value.dim()) if value.shape == held.shape and value.dim() > 1 else ():
+        scale = _scale(cast, held, axis)
+        if scale is not None:
+            yield Recipe(name, shape, dtype, scale=scale)
+    for perm in (None, (1, 0)) if value.dim() == 2 else (None,):
+        runs = _runs(cast if perm is None else cast.permute(perm), held)
+        if runs:
+            yield Recipe(name, shape, dtype, perm, runs=runs)
+
+
+def _permutations(value: Tensor, held: Tensor) -> Iterator[tuple[int, ...] | None]:
+    """Yield the permutations under which the first elements agree."""
+    if value.numel() != held.numel():
+        return
+    yield None
+    probe = held.reshape(-1)[:64]
+    for perm in itertools.permutations(range(value.dim())) if 1 < value.dim() <= 4 else ():
+        moved = value.permute(perm)
+        if perm != tuple(range(value.dim())) and same_bits(_first(moved, len(probe)), probe):
+            yield perm
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    """Return the first elements in row-major order without copying the whole tensor."""
+    while tensor.dim() > 1:
+        inner = tensor[0].numel()
+        tensor = tensor[: -(-count // inner)].flatten(0, 1) if inner < count else tensor[0]
+    return tensor[:count]
+
+
+def _scale(value: Tensor, held: Tensor, axis: int) -> Scale | None:
+    """Return the factor along an axis that gives ``held = value * factor`` in every bit.
+
+    The quotient of the largest elements fixes each factor to a few neighbours; the product decides.
+    """
+    count = value.shape[axis]
+    ours = value.movedim(axis, 0).reshape(count, -1)
+    theirs = held.movedim(axis, 0).reshape(count, -1)
+    peak = ours.abs().argmax(dim=1, keepdim=True)
+    guess = (theirs.double().gather(1, peak) / ours.double().gather(1, peak)).to(value.dtype)
+    if not bool(guess.isfinite().all()):
+        return None
+    found = torch.full_like(guess, float("nan"))
+    for candidate in _neighbours(guess):
+        fits = (ours * candidate == theirs).all(dim=1, keepdim=True) & found.isnan()
+        found = torch.where(fits, candidate, found)
+    if bool(found.isnan().any()):
+        return None
+    return Scale(axis, tuple(found.flatten().float().tolist()))
+
+
+def _neighbours(guess: Tensor) -> Iterator[Tensor]:
+    yield guess
+    up = down = guess
+    for _ in range(_MAX_SCALED):
+        up = torch.nextafter(up, torch.full_like(up, float("inf")))
+        down = torch.nextafter(down, torch.full_like(down, float("-inf")))
+        yield up
+        yield down
+
+
+def _runs(value: Tensor, held: Tensor) -> tuple[Run, ...] | None:
+    """Return the rows of ``held`` that are rows of ``value``, as runs; None where none or ambiguous."""
+    ours = value.contiguous().view(-1, 1) if value.dim() < 2 else value.contiguous().view(-1, value.shape[-1])
+    theirs = held.reshape(-1, 1) if value.dim() < 2 or held.dim() < 2 else held.reshape(-1, held.shape[-1])
+    if ours.shape[1] != theirs.shape[1]:
+        return None
+    index: dict[bytes, int] = {}
+    for row, content in enumerate(_row_bytes(ours)):
+        if content in index:
+            return None
+        index[content] = row
+    pairs = [(row, index[content]) for row, content in enumerate(_row_bytes(theirs)) if content in index]
+    # Every row of the parameter must be accounted for, or a change to it could go astray.
+    return _compress(pairs) if {origin for _, origin in pairs} == set(index.values()) else None
+
+
+def _row_bytes(matrix: Tensor) -> list[bytes]:
+    whole = matrix.contiguous().view(torch.uint8).numpy()
+    return [row.tobytes() for row in whole]
+
+
+def _compress(pairs: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    for row, origin in pairs:
+        if runs and runs[-1][0] + runs[-1][2] == row and runs[-1][1] + runs[-1][2] == origin:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((row, origin, 1))
+    return tuple(runs)

@@ -1,0 +1,138 @@
+"""Running an ONNX file beside the torch model, and measuring how far their outputs lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import ExportError
+from lora_fx.passes.onnx_inputs import tensors
+from lora_fx.passes.onnx_subject import Inputs
+
+Outputs = Sequence[Tensor]
+
+
+class RuntimeFault(Exception):  # noqa: N818 - caught by the check that it becomes
+    """The runtime refused to run a file on given inputs."""
+
+
+def torch_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the tensors of a model's output, in order, on the CPU."""
+    made = model(*inputs[0], **inputs[1])
+    return [leaf.detach().cpu() for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+
+
+def feeds_for(session: Any, inputs: Inputs) -> dict[str, NDArray[Any]]:
+    """Return a session's feeds from torch inputs, which come in the same order.
+
+    Raises:
+        ExportError: the graph takes another number of inputs than the model does.
+    """
+    declared = session.get_inputs()
+    given = tensors(inputs)
+    if len(declared) != len(given):
+        raise ExportError(
+            "the exported graph",
+            expected=f"one input for each of the {len(given)} tensors of the example",
+            got=f"{len(declared)} inputs: {', '.join(item.name for item in declared)}",
+            advice="An input was removed as unused, or is no tensor: leave it out of the example inputs.",
+        )
+    return {item.name: to_numpy(tensor) for item, tensor in zip(declared, given, strict=True)}
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor as a numpy array, bfloat16 by way of ml_dtypes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        from ml_dtypes import bfloat16
+
+        return tensor.view(torch.int16).numpy().view(bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def run(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
+    """Run a session and return its outputs as torch tensors.
+
+    Raises:
+        RuntimeFault: the runtime refused.
+    """
+    try:
+        return _run(session, feeds)
+    except Exception as error:  # onnxruntime's classes differ from version to version
+        raise RuntimeFault(str(error).strip().splitlines()[0]) from error
+
+
+def _run(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
+    if not any(_is_bfloat16(value) for value in feeds.values()):
+        return [_from_numpy(np.asarray(value)) for value in session.run(None, dict(feeds))]
+    return _run_bound(session, feeds)
+
+
+def _run_bound(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
+    """Numpy knows no bfloat16, so such inputs are given as typed values."""
+    from lora_fx.providers import onnxruntime
+
+    value_of = onnxruntime().OrtValue
+    bound = {
+        name: value_of.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), 16)
+        if _is_bfloat16(value)
+        else value_of.ortvalue_from_numpy(value)
+        for name, value in feeds.items()
+    }
+    names = [output.name for output in session.get_outputs()]
+    return [_from_ort(value) for value in session.run_with_ort_values(names, bound)]
+
+
+def _from_ort(value: Any) -> Tensor:
+    if value.data_type() == "tensor(bfloat16)":
+        from torch.utils.dlpack import from_dlpack
+
+        return from_dlpack(value._ortvalue.to_dlpack()).clone()
+    return _from_numpy(value.numpy())
+
+
+def _from_numpy(array: NDArray[Any]) -> Tensor:
+    if _is_bfloat16(array):
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _is_bfloat16(array: NDArray[Any]) -> bool:
+    return array.dtype.name == "bfloat16"
+
+
+def distance(found: Outputs, reference: Outputs) -> float:
+    """Return the largest ``|found - reference| / |reference|`` by norm over the outputs, in float64.
+
+    Equal infinities and equal nan count as agreement; any other non-finite value makes the distance
+    infinite. Of integer and boolean outputs it is the share of elements that differ.
+    """
+    if len(found) != len(reference):
+        return float("inf")
+    return max((_distance(a, b) for a, b in zip(found, reference, strict=True)), default=0.0)
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    if found.shape != reference.shape:
+        return float("inf")
+    if not reference.numel():
+        return 0.0
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return float((found.to(reference.dtype) != reference).double().mean())
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    a, b = found.to(wide), reference.to(wide)
+    odd = ~(a.isfinite() & b.isfinite())
+    if bool(odd.any()):
+        if not torch.equal(a[odd].nan_to_num(7.0), b[odd].nan_to_num(7.0)):
+            return float("inf")
+        a, b = a[~odd], b[~odd]
+    norm = float(b.norm())
+    gap = float((a - b).norm())
+    return gap / norm if norm else gap

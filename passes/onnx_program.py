@@ -1,0 +1,238 @@
+"""From a torch model to an unoptimised ONNX graph, whose initializers still bear the parameters' names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import ExportError
+from lora_fx.passes.onnx_inputs import Axes, batch_size, dynamic_shapes_of, varying, with_batch, with_length
+from lora_fx.passes.onnx_subject import Inputs
+
+DynamicShapes = dict[str, Any] | tuple[Any, ...] | list[Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An unoptimised ONNX graph: initializers are parameters, by qualified name and in their own layout."""
+
+    model: ir.Model
+    notes: tuple[str, ...] = ()
+
+    def optimised(self, values: Mapping[str, Tensor] | None = None) -> ir.Model:
+        """Return an optimised copy, holding other values for the named parameters."""
+        from onnxscript.optimizer import optimize_ir
+
+        model = self.model.clone()
+        for name, value in (values or {}).items():
+            initializer = model.graph.initializers[name]
+            initializer.const_value = torch_tensor(value, name)
+        with quiet():
+            optimize_ir(model)
+        return model
+
+
+def torch_tensor(value: Tensor, name: str) -> ir.TensorProtocol:
+    """Return a torch tensor as ONNX sees it, without a copy where there need be none."""
+    from onnx_ir import tensor_adapters
+
+    return tensor_adapters.TorchTensor(value.detach().cpu().contiguous(), name=name)
+
+
+def program(
+    model: nn.Module, inputs: Inputs, *, dynamic_shapes: DynamicShapes | None, opset: int | None
+) -> Program:
+    """Translate a model as it stands (eval mode, plain forwards) to an unoptimised ONNX graph.
+
+    Without ``dynamic_shapes`` the batch and, for inputs of two or three dimensions, the sequence may
+    vary where the model allows it; where translation fails so, less and less may vary, and a note
+    says so.
+
+    Raises:
+        ExportError: the model cannot be translated, with the exporter's own reason.
+    """
+    notes: list[str] = []
+    last: Exception | None = None
+    for attempt in _attempts(inputs, dynamic_shapes):
+        try:
+            return _attempted(model, attempt, opset, notes)
+        except Exception as error:  # the exporter raises many classes  # noqa: BLE001
+            last = error
+            notes.append(f"not exported with {attempt.name}: {reason(error)}")
+    raise ExportError(
+        type(model).__name__,
+        expected="a model that torch.onnx.export can translate",
+        got=reason(last) if last is not None else "nothing to try",
+        advice="The model itself is at fault or torch.onnx.export lacks an operator; "
+        "torch.onnx.export(model, inputs, dynamo=True, report=True) writes a full report.",
+    ) from last
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to translate: with given dynamic shapes, or with axes of our own choice."""
+
+    name: str
+    inputs: Inputs
+    given: DynamicShapes | None = None
+    axes: Axes = frozenset()
+
+
+def _attempts(inputs: Inputs, given: DynamicShapes | None) -> Iterator[_Attempt]:
+    if given is not None:
+        yield _Attempt("the given dynamic shapes", inputs, given)
+        return
+    # A dimension of size 1 may be taken for a constant: record with a batch of two.
+    widened = with_batch(inputs, 2) if batch_size(inputs) == 1 else inputs
+    batch, sequence = varying(widened, sequence=False), varying(widened, sequence=True)
+    if sequence != batch:
+        yield _Attempt("a varying batch and sequence", widened, axes=sequence)
+    if batch:
+        yield _Attempt("a varying batch", widened, axes=batch)
+    yield _Attempt("static shapes", inputs)
+
+
+def _attempted(model: nn.Module, attempt: _Attempt, opset: int | None, notes: list[str]) -> Program:
+    exported = _translate(model, attempt, opset)
+    kept = attempt.axes - _specialised(exported)
+    kept -= _not_free(model, attempt.inputs, exported.model, kept)
+    if attempt.given is None and kept != attempt.axes:
+        # What the model fixes stays a symbol with a range of one in the graph: translate without it.
+        fixed = ", ".join(f"dimension {axis} of input {where}" for where, axis in sorted(attempt.axes - kept))
+        notes = [*notes, f"the model fixes {fixed}"]
+        attempt = replace(attempt, axes=kept)
+        exported = _translate(model, attempt, opset)
+    translated: ir.Model = exported.model
+    _name_outputs(model, attempt.inputs, translated)
+    return Program(translated, tuple(notes))
+
+
+def _translate(model: nn.Module, attempt: _Attempt, opset: int | None) -> Any:
+    args, kwargs = attempt.inputs
+    dynamic = attempt.given
+    if attempt.axes:
+        dynamic = dynamic_shapes_of(model, attempt.inputs, attempt.axes)
+    with quiet():
+        exported: Any = torch.onnx.export(
+            model,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            opset_version=opset,
+            optimize=False,
+            verify=False,
+            verbose=False,
+        )
+    return exported
+
+
+def _specialised(exported: Any) -> Axes:
+    """Return the axes whose symbol's range is a single size."""
+    program: torch.export.ExportedProgram = exported.exported_program
+    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    user = set(program.graph_signature.user_inputs)
+    shapes = [
+        node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user and isinstance(node.meta.get("val"), Tensor)
+    ]
+    return frozenset(
+        (position, axis)
+        for position, shape in enumerate(shapes)
+        for axis, size in enumerate(shape)
+        if isinstance(size, int) or _single(ranges.get(str(size)))
+    )
+
+
+def _not_free(model: nn.Module, inputs: Inputs, translated: ir.Model, axes: Axes) -> Axes:
+    """Return the varying axes other than the batch, if the graph fixes an output that varies with them.
+
+    The exporter has been seen to leave an input's axis open whose size it had written into the graph.
+    """
+    lengths = frozenset((position, axis) for position, axis in axes if axis > 0)
+    if not lengths:
+        return frozenset()
+    args, kwargs = with_length(inputs, lengths)
+    try:
+        with quiet():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+    except Exception:  # noqa: BLE001 - a model may refuse this length; then it says nothing
+        return frozenset()
+    found = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
+    declared = [value.shape for value in translated.graph.outputs]
+    agree = len(found) == len(declared) and all(
+        shape is None
+        or (
+            len(shape) == len(actual)
+            and all(not isinstance(dim, int) or dim == size for dim, size in zip(shape, actual, strict=True))
+        )
+        for shape, actual in zip(declared, found, strict=True)
+    )
+    return frozenset() if agree else lengths
+
+
+def _single(bounds: Any) -> bool:
+    return bounds is not None and bounds.lower == bounds.upper
+
+
+def _name_outputs(model: nn.Module, inputs: Inputs, translated: ir.Model) -> None:
+    """Name outputs by their place in what the model returns: ``logits``, ``output_0``, ``output``."""
+    with quiet():
+        paths, _ = pytree.tree_flatten_with_path(model(*inputs[0], **inputs[1]))
+    names = [_path_name(path) for path, leaf in paths if isinstance(leaf, Tensor)]
+    outputs = translated.graph.outputs
+    taken = {value.name for value in translated.graph.inputs}
+    if len(names) != len(outputs) or len(set(names)) != len(names) or taken & set(names):
+        return
+    inner = {value.name: value for node in translated.graph for value in node.outputs}
+    for value, name in zip(outputs, names, strict=True):
+        clash = inner.get(name)
+        if clash is not None and clash is not value:
+            clash.name = f"{name}__inner"
+    if len(set(outputs)) == len(outputs) and not any(v.is_graph_input() for v in outputs):
+        for value, name in zip(outputs, names, strict=True):
+            value.name = name
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    steps = [getattr(step, "key", getattr(step, "idx", getattr(step, "name", step))) for step in path]
+    text = "_".join(str(step) for step in steps)
+    text = re.sub(r"\W+", "_", text)
+    return text if text and not text[0].isdigit() else f"output_{text}".rstrip("_")
+
+
+def reason(error: Exception) -> str:
+    """Return the innermost cause of an exporter's error, in one line."""
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    text = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {text[0] if text else ''}"
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Keep the exporter's progress lines, logs and warnings to itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,76 @@
+"""States that a model is put in for an export or a check, and taken out of again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[nn.Module]:
+    """Put a model in eval mode without gradients or attention's fast path; restore every module's flag."""
+    flags = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield model
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def replaced_state(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Generator[nn.Module]:
+    """Put another tensor in the place of every parameter and buffer; the same one for tied ones.
+
+    What is replaced lies in the modules' own dictionaries, so neither the tensors nor the modules
+    change, and afterwards each dictionary holds the very objects that it held.
+    """
+    made: dict[int, Tensor] = {}
+    undo: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def other(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = replace(tensor)
+            is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new.detach(), requires_grad=False) if is_parameter else new
+        return made[id(tensor)]
+
+    try:
+        for module in model.modules():
+            # Past __setattr__, which would register, and past the properties of adapted modules.
+            stores: tuple[Any, ...] = (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            for store in stores:
+                for name, tensor in list(store.items()):
+                    if tensor is not None:
+                        undo.append((store, name, tensor))
+                        store[name] = other(tensor)
+        yield model
+    finally:
+        for store, name, tensor in undo:
+            store[name] = tensor
+
+
+@contextmanager
+def cast_state(model: nn.Module, dtype: torch.dtype) -> Generator[nn.Module]:
+    """Hold every floating parameter and buffer in another dtype; tied ones stay tied."""
+    with replaced_state(model, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor):
+        yield model
+
+
+@contextmanager
+def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[nn.Module]:
+    """Hold other values under the given qualified names, for every name of a tied tensor."""
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    chosen = {id(named[name]): value for name, value in values.items()}
+    with replaced_state(model, lambda tensor: chosen.get(id(tensor), tensor)):
+        yield model
