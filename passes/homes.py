@@ -16,11 +16,13 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
     """
     op = found.op
     call = f"{op} with {names[0]}"
-    where = f"in the forward of {path or 'the model'!r} ({type(home).__name__})"
+    where = f"in the forward of {repr(path) if path else 'the model'} ({type(home).__name__})"
     if found.computed is not None:
         return False, f"{call} {where}: the weight is computed by {found.computed}"
     if op not in found.kind.branches:
         return False, f"{call} {where}: there is no branch for {op}"
+    if not _stands_alone(found):
+        return False, f"{call} {where}: the weight is not the branch's own operand"
     if home is None:
         return False, f"{call} {where}: no module of the model"
     if isinstance(home, fx.GraphModule):
@@ -28,6 +30,13 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
             return True, "in the module's own graph"
         return False, f"{call} {where}: the weight is a view of the parameter"
     return _stock(found.kind, home, path, names, f"{call} {where}")
+
+
+def _stands_alone(found: Found) -> bool:
+    """Whether the weight itself is the operand that the branch replaces, and stands in no other."""
+    node, position = found.node, found.kind.branch_weight.get(found.op, 1)
+    given = node.args[position] if position < len(node.args) else node.kwargs.get("weight")
+    return given is found.operand.weight and node.all_input_nodes.count(found.operand.weight) == 1
 
 
 def _stock(kind: Kind, home: nn.Module, path: str, names: tuple[str, ...], call: str) -> tuple[bool, str]:

@@ -394,6 +394,8 @@ def _spell(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]
         return "call_function", operator.getitem, args
     if name == "__setitem__":
         return "call_function", operator.setitem, args
+    if name == "__rmatmul__":
+        return "call_function", torch.matmul, (args[1], args[0])
     if args and isinstance(args[0], Tensor) and getattr(torch.Tensor, name, None) is func:
         return "call_method", name, args
     return "call_function", func, args

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from lora_fx.kinds.base import Call, Kind, LivePart, LiveParts, Operand
 from lora_fx.kinds.conv import ConvKind
+from lora_fx.kinds.einsum import EinsumKind
 from lora_fx.kinds.embedding import EmbeddingKind
 from lora_fx.kinds.linear import LinearKind
+from lora_fx.kinds.matmul import MatmulKind
+from lora_fx.kinds.mha import AttentionKind
 
-KINDS: tuple[Kind, ...] = (LinearKind(), ConvKind(), EmbeddingKind())
+KINDS: tuple[Kind, ...] = (
+    LinearKind(),
+    ConvKind(),
+    EmbeddingKind(),
+    MatmulKind(),
+    AttentionKind(),
+    EinsumKind(),
+)
 """Every kind, in the order in which they are asked."""
 
 BY_NAME: dict[str, Kind] = {kind.name: kind for kind in KINDS}

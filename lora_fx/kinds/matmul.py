@@ -1,0 +1,133 @@
+"""Matrix products with a parameter on either side: matmul, mm, bmm, addmm, baddbmm, tensordot.
+
+``y = x W`` has ``W: (.., in, out)`` and ``y = W x`` has ``W: (.., out, in)``; leading axes are a stack
+of matrices. transformers' ``Conv1D`` is ``addmm(b, x, W)`` with ``W: (in, out)``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
+from lora_fx.matrix import MatrixForm, columns_form
+
+_FACTORS: Mapping[str, tuple[int, str, str]] = {
+    "matmul": (0, "input", "other"),
+    "linalg_matmul": (0, "input", "other"),
+    "mm": (0, "input", "mat2"),
+    "bmm": (0, "input", "mat2"),
+    "mv": (0, "input", "vec"),
+    "addmm": (1, "mat1", "mat2"),
+    "addmv": (1, "mat", "vec"),
+    "addbmm": (1, "batch1", "batch2"),
+    "baddbmm": (1, "batch1", "batch2"),
+}
+"""The position of the left factor, and the names of both."""
+
+
+def adapted_addmm(
+    input: Tensor,  # noqa: A002
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    lora: LiveParts,
+) -> Tensor:
+    """Return ``beta * input + alpha * (x W0 + sum over parts of scale * (x A^T) B^T)`` for ``x = mat1``."""
+    result = torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+    for part in lora:
+        result = add_rows(result, low_rank(mat1, part) * alpha, part.rows, -1)
+    return result
+
+
+class MatmulKind(Kind):
+    """Matrix products; the weight is whichever factor is a parameter."""
+
+    name = "matmul"
+    ops = frozenset({*_FACTORS, "tensordot"})
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """The low-rank branch of ``addmm`` with the weight on the right."""
+        return {"addmm": adapted_addmm}
+
+    @property
+    def branch_weight(self) -> Mapping[str, int]:
+        """``addmm(bias, x, weight)``."""
+        return {"addmm": 2}
+
+    @property
+    def homes(self) -> tuple[type[nn.Module], ...]:
+        """The ``Conv1D`` of transformers, where it is in use."""
+        return _conv1d()
+
+    def operands(self, call: Call) -> tuple[Operand, ...]:
+        """Both factors are places for a weight."""
+        if call.op == "tensordot":
+            return _tensordot(call)
+        place, left_name, right_name = _FACTORS[call.op]
+        left, right = call.arg(place, left_name), call.arg(place + 1, right_name)
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+            return ()
+        dims, found = (len(shape_of(left)), len(shape_of(right))), list[Operand]()
+        if dims[1] >= 2:
+            batch, (inp, out) = _axes(dims[1])
+            found.append(Operand(right, left, shape_of(right), (out,), (inp,), batch, channel=-1))
+        if dims[0] >= 2:
+            batch, (out, inp) = _axes(dims[0])
+            channel = -1 if dims[1] == 1 else -2
+            found.append(Operand(left, right, shape_of(left), (out,), (inp,), batch, channel=channel))
+        return tuple(found)
+
+    def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
+        """The weight of transformers' ``Conv1D``."""
+        if isinstance(module, _conv1d()):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            return {"weight": columns_form(tuple(weight.shape))}
+        return {}
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    """Return transformers' ``Conv1D`` if its module is loaded; a model that has one has loaded it."""
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if found is None else (found,)
+
+
+def _axes(dims: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    return tuple(range(dims - 2)), (dims - 2, dims - 1)
+
+
+def _tensordot(call: Call) -> tuple[Operand, ...]:
+    left, right, dims = call.arg(0, "a"), call.arg(1, "b"), call.arg(2, "dims", 2)
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return ()
+    if isinstance(dims, int):
+        n = len(shape_of(left))
+        contracted = (list(range(n - dims, n)), list(range(dims)))
+    elif isinstance(dims, Sequence) and len(dims) == 2:
+        contracted = (_listed(dims[0]), _listed(dims[1]))
+    else:
+        return ()
+    return (
+        _contraction(right, left, contracted[1], last=True),
+        _contraction(left, right, contracted[0], last=False),
+    )
+
+
+def _listed(axes: Any) -> list[int]:
+    return [axes] if isinstance(axes, int) else [int(a) for a in axes]
+
+
+def _contraction(weight: fx.Node, other: fx.Node, contracted: list[int], *, last: bool) -> Operand:
+    shape = shape_of(weight)
+    inp = tuple(sorted(axis % len(shape) for axis in contracted))
+    out = tuple(axis for axis in range(len(shape)) if axis not in inp)
+    free = len(shape_of(other)) - len(inp)
+    return Operand(weight, other, shape, out, inp, channel=-1 if last else -1 - free)
