@@ -5,9 +5,9 @@ policy can be read, saved and changed like any other:
 
 - ``modules_to_save`` -> ``Train``; ``exclude_modules`` -> ``Skip``; both before the adapters, as in peft;
 - ``target_modules``: suffixes -> ``module=``; a regular expression -> ``name="re:..."``; ``"all-linear"``
-  -> every ``weight`` but those of the head (peft asks the model's class for it, this the dataflow),
-  convolutions and embeddings. peft adapts the output projection of a targeted
-  ``nn.MultiheadAttention`` too; an optional rule does the same;
+  -> the ``weight`` of every linear but the head's (peft asks the model's class for the head, this the
+  dataflow). peft adapts the output projection of a targeted ``nn.MultiheadAttention`` too; an
+  optional rule does the same;
 - ``target_parameters`` -> ``name=``;
 - ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``: conditions on the name, as lookaheads;
 - ``task_type``: peft saves the fresh head of a classifier without being asked, and so does this;
@@ -146,11 +146,9 @@ def _excluded(value: Any) -> list[dict[str, Any]]:
 def _module_rules(given: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     targets: Any = given["target_modules"]
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        skips = [
-            {"Skip": {"role": "head", "optional": True}},
-            {"Skip": {"kind": ["conv*", "embedding"], "optional": True}},
-        ]
-        return skips + _with_patterns(given, options, name=f"{_ANY}weight", tail=_WEIGHT)
+        skip = {"Skip": {"role": "head", "optional": True}}
+        linear = {"kind": ["linear", "matmul", "attention"], **options}
+        return [skip, *_with_patterns(given, linear, name=f"{_ANY}weight", tail=_WEIGHT)]
     mha = {"module": _MHA_OUT_PROJ, "optional": True, **options}
     if isinstance(targets, str):
         path = f"(?:{targets})"
