@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -96,6 +96,10 @@ class Certificate:
             advice="Do not ship this file; export or fold it again."
             + (f" Failed too: {others}." if others else ""),
         )
+
+    def noted(self, *notes: str) -> Certificate:
+        """Return the certificate with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def to_json(self) -> str:
         """Return the certificate as JSON text; ``Certificate.from_json`` reads it back equal."""

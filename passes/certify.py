@@ -4,6 +4,7 @@
                        exporter aside)
 ``changed-set``        exactly the weights that the adapter changes differ from the base
 ``delta``              each of them holds W, to rounding
+``base-data``          (overlays) the base's data file is the one that the overlay was made over
 ``untouched``          every other initializer is the base's, bit for bit
 ``runtime-structure``  the same graph after the runtime's own optimisation on the provider in use
 ``effect``             the outputs differ from the base's, and are finite where those are
@@ -19,15 +20,20 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate, Check
 from lora_fx.passes import onnx_files, onnx_parity
-from lora_fx.passes.certify_values import Pairs, same_tensor, value_checks
+from lora_fx.passes.certify_values import Pairs, value_checks
+from lora_fx.passes.onnx_adapter import adapter_weights, base_map
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_diff import Comparison, compare
 from lora_fx.passes.onnx_feeds import random_feeds
+from lora_fx.passes.onnx_files import file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
+from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data, read_map
 from lora_fx.passes.onnx_runtime import Opened, open_optimised
 from lora_fx.passes.onnx_subject import Weights
+from lora_fx.passes.onnx_tensors import same_tensor
 from lora_fx.providers import Providers, Runtime, choose
 
 
@@ -55,16 +61,26 @@ def environment(runtime: Runtime) -> dict[str, str]:
 
 
 def examine(
-    base_path: Path, folded_path: Path, weights: Weights | None, *, providers: Providers = "auto"
+    base_path: Path,
+    folded_path: Path,
+    weights: Weights | None,
+    file: AdapterFile | None = None,
+    *,
+    providers: Providers = "auto",
 ) -> Evidence:
     """Make every check that needs no torch model; open both files in the runtime."""
     base, folded = onnx_files.load(base_path), onnx_files.load(folded_path)
+    runtime = choose(providers)
+    data = [_base_data(folded, folded_path.parent)] if BASE_DATA_KEY in folded.metadata_props else []
+    if data and not data[0].ok:
+        # Over other data than its own an overlay is a mixture, of which nothing else can be said.
+        return Evidence(tuple(data), (), None, None, runtime)
     comparison = compare(base, folded)
     checks = [structure_check("structure", base, folded, comparison)]
     notes: list[str] = []
     pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
-    checks += _value_checks(base, pairs, weights, notes)
-    runtime = choose(providers)
+    mapping = read_map(base) if file is None else base_map(base, file)
+    checks += [*_value_checks(base, pairs, mapping, weights, notes), *data]
     opened: list[Opened] = []
     for name, path in (("base", base_path), ("folded", folded_path)):
         try:
@@ -100,14 +116,31 @@ def _by_name(base: ir.Model, folded: ir.Model) -> Pairs:
     return [(value, theirs[name]) for name, value in base.graph.initializers.items() if name in theirs]
 
 
-def _value_checks(base: ir.Model, pairs: Pairs, weights: Weights | None, notes: list[str]) -> Sequence[Check]:
-    if weights is not None and MAPPING_KEY in base.metadata_props:
-        mapping = ParameterMap.from_json(base.metadata_props[MAPPING_KEY])
+def _value_checks(
+    base: ir.Model, pairs: Pairs, mapping: ParameterMap | None, weights: Weights | None, notes: list[str]
+) -> Sequence[Check]:
+    if weights is not None and mapping is not None:
+        if MAPPING_KEY not in base.metadata_props:
+            notes.append("the base file has no map of its parameters: they were found by their fingerprints")
         return value_checks(base, pairs, mapping, weights)
     changed = sorted(b.name or "" for b, o in pairs if not same_tensor(b.const_value, o.const_value))
-    notes.append("which initializers should have changed was not known: no adapter was given")
+    notes.append("which initializers should have changed is not known: no adapter was given")
     detail = f"{len(changed)} of {len(pairs)} initializers differ: {', '.join(changed[:5])}"
-    return [Check("changed", ok=bool(changed), detail=detail, data={"changed": changed})]
+    return [Check("changed", ok=bool(changed), detail=detail, place="the weights", data={"changed": changed})]
+
+
+def _base_data(folded: ir.Model, folder: Path) -> Check:
+    """Compare an overlay's base data with what it was made over."""
+    files = read_data(folded.metadata_props, BASE_DATA_KEY)
+    for file in files:
+        path = folder / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            found = "is not there" if not path.is_file() else f"has {path.stat().st_size} bytes"
+            return Check("base-data", ok=False, detail=f"{found}, not {file.size}", place=file.name)
+        if file_sha256(path) != file.sha256:
+            return Check("base-data", ok=False, detail="holds other weights", place=file.name)
+    names = ", ".join(file.name for file in files)
+    return Check("base-data", ok=True, detail=f"the overlay's base data is there, with its hash: {names}")
 
 
 def effect_check(evidence: Evidence, feeds: Mapping[str, Any]) -> Check:
@@ -133,26 +166,31 @@ def certify(
     base_onnx: str | Path,
     folded_onnx: str | Path,
     *,
-    adapter: Weights | None = None,
+    adapter: str | Path | AdapterFile | None = None,
     providers: Providers = "auto",
+    name: str | None = None,
 ) -> Certificate:
     """Return the certificate of a folded file against its base.
 
     With the adapter, the changed initializers are checked against what it makes of the base's own
-    weights; without, only which of them changed is reported.
+    weights; without, only which of them changed is reported. ``name`` is what the certificate calls
+    the folded file (None: as it is called).
 
     Raises:
         ExportError: a file is no ONNX model.
+        AdapterFileError: the adapter file cannot be read.
         ProviderError: the provider asked for is not there.
     """
     base_path, folded_path = Path(base_onnx), Path(folded_onnx)
-    evidence = examine(base_path, folded_path, adapter, providers=providers)
+    file = AdapterFile.read(adapter) if isinstance(adapter, (str, Path)) else adapter
+    weights = None if file is None else adapter_weights(file)
+    evidence = examine(base_path, folded_path, weights, file, providers=providers)
     checks = list(evidence.checks)
     if evidence.base is not None:
         checks.append(effect_check(evidence, random_feeds(evidence.base.session, seed=0)))
     return Certificate(
         base_path.name,
-        folded_path.name,
+        name or folded_path.name,
         tuple(checks),
         environment(evidence.runtime),
         evidence.notes,

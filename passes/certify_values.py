@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_fx.certificates import Check
-from lora_fx.passes.onnx_mapping import ParameterMap, Recipe
+from lora_fx.passes.onnx_mapping import ParameterMap
+from lora_fx.passes.onnx_patch import Patch, Patches, find_patches
 from lora_fx.passes.onnx_subject import Weights
-from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, same_bits
+from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, same_bits, same_tensor
 
 Pairs = Sequence[tuple[ir.Value, ir.Value]]
 
@@ -21,140 +22,98 @@ ULPS = 2
 
 
 @dataclass
-class Expected:
-    """What the adapter makes of the base's initializers, by their names in the base."""
+class _Findings:
+    """What one pass over all initializers found."""
 
-    values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    owners: dict[str, str] = field(default_factory=dict[str, str])
-    opaque: dict[str, str] = field(default_factory=dict[str, str])
-    missing: tuple[str, ...] = ()
-    same: tuple[str, ...] = ()
-
-
-def same_tensor(base: ir.TensorProtocol | None, other: ir.TensorProtocol | None) -> bool:
-    """Whether two initializers hold the same bits; the same place in the same file needs no reading."""
-    if base is None or other is None:
-        return base is other
-    if base.dtype != other.dtype or list(base.shape.numpy()) != list(other.shape.numpy()):
-        return False
-    if isinstance(base, ir.ExternalTensor) and isinstance(other, ir.ExternalTensor):
-        places = [(tensor.path, tensor.offset, tensor.length) for tensor in (base, other)]
-        if places[0] == places[1]:
-            return True
-    if can_hold_weights(base):
-        return same_bits(as_torch(base), as_torch(other))
-    return base.tobytes() == other.tobytes()
-
-
-def expect(base: ir.Model, mapping: ParameterMap, weights: Weights) -> Expected:
-    """Return what every changed initializer should hold."""
-    found = Expected()
-    initializers = base.graph.initializers
-    missing: list[str] = []
-    same: list[str] = []
-    for name in weights.names:
-        placement = mapping.find(name)
-        if placement is None or placement.status == "absent":
-            missing.append(name)
-            continue
-        found.opaque |= dict.fromkeys(placement.opaque, name)
-        for recipe in placement.recipes:
-            tensor = initializers[recipe.initializer].const_value
-            assert tensor is not None
-            held = found.values.get(recipe.initializer, as_torch(tensor))
-            new = recipe.apply(weights.effective(name, restored(recipe, held, placement.shape)), held)
-            if same_bits(new, held):
-                same.append(name)
-                continue
-            found.values[recipe.initializer] = new
-            found.owners[recipe.initializer] = name
-    found.missing, found.same = tuple(missing), tuple(same)
-    return found
-
-
-def restored(recipe: Recipe, held: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return ``W0`` as the base file holds it, in the parameter's own shape."""
-    return recipe.restore(held, shape)
+    changed: list[str] = field(default_factory=list[str])
+    idle: list[str] = field(default_factory=list[str])
+    untouched: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    wrong: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    foreign: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    kept: int = 0
+    ulps: float = 0.0
 
 
 def value_checks(base: ir.Model, pairs: Pairs, mapping: ParameterMap, weights: Weights) -> list[Check]:
     """Return the checks ``changed-set``, ``delta`` and ``untouched``."""
-    expected = expect(base, mapping, weights)
-    differing = {b.name or "": (b, o) for b, o in pairs if not same_tensor(b.const_value, o.const_value)}
-    return [
-        _changed_set(expected, differing, pairs, weights),
-        _delta(expected, pairs),
-        _untouched(expected, differing, pairs),
-    ]
+    patches = find_patches(base, mapping, weights)
+    by_name = {patch.initializer: patch for patch in patches.patches}
+    found = _Findings()
+    for ours, theirs in pairs:
+        patch = by_name.get(ours.name or "")
+        if patch is not None:
+            _patched(patch, theirs, found)
+        elif same_tensor(ours.const_value, theirs.const_value):
+            found.kept += 1
+        elif ours.name not in patches.opaque:
+            found.foreign.append((theirs.name or "", _gap(ours, theirs)))
+    return [_changed_set(patches, found, len(pairs), weights), _delta(found), _untouched(found)]
 
 
-def _changed_set(
-    expected: Expected, differing: Mapping[str, tuple[ir.Value, ir.Value]], pairs: Pairs, weights: Weights
-) -> Check:
+def _patched(patch: Patch, other: ir.Value, found: _Findings) -> None:
+    """Compare an initializer that the adapter changes with what it should hold."""
+    name = other.name or ""
+    wanted, before = patch.value(), as_torch(patch.base)
+    if not can_hold_weights(other.const_value):
+        found.wrong.append((name, "holds no floats"))
+        return
+    assert other.const_value is not None
+    now = as_torch(other.const_value)
+    if same_bits(wanted, before):
+        found.idle.append(patch.owner)
+    elif same_bits(now, before):
+        found.untouched.append((name, patch.owner))
+        return
+    else:
+        found.changed.append(patch.initializer)
+    if now.shape == wanted.shape and not bool(now.isfinite().all()) and bool(wanted.isfinite().all()):
+        found.wrong.append((name, f"holds {int((~now.isfinite()).sum())} values that are not finite"))
+        return
+    gap = ulps(now, wanted, before)
+    found.ulps = max(found.ulps, gap)
+    if gap > ULPS:
+        text = f"differs from W of {patch.owner} by {gap:.3g} units in the last place"
+        found.wrong.append((name, text))
+
+
+def _changed_set(patches: Patches, found: _Findings, total: int, weights: Weights) -> Check:
     name = "changed-set"
-    if expected.missing:
-        return Check(
-            name,
-            ok=False,
-            detail="the base file holds no initializer for this parameter",
-            place=expected.missing[0],
-        )
-    untouched = [n for n in expected.values if n not in differing]
-    if untouched:
-        owner = expected.owners[untouched[0]]
-        return Check(
-            name,
-            ok=False,
-            detail=f"holds {owner}, which the adapter changes, and is as in the base",
-            place=f"initializer {untouched[0]!r}",
-        )
-    if not expected.values and not expected.opaque:
-        return Check(name, ok=False, detail="the adapter changes no weight: is it trained?")
-    detail = f"{len(expected.values)} initializers of {len(pairs)} changed, for {len(weights.names)} weights"
-    if expected.opaque:
-        detail += f"; {len(expected.opaque)} more hold weights in a way that is not understood"
-    if expected.same:
-        detail += f"; unchanged by the adapter: {', '.join(expected.same[:3])}"
-    return Check(name, ok=True, detail=detail, data={"changed": sorted(expected.values)})
+    data = {"changed": sorted(found.changed)}
+    if patches.missing:
+        detail = "the base file holds no initializer for this parameter"
+        return Check(name, ok=False, detail=detail, place=patches.missing[0], data=data)
+    if found.untouched:
+        initializer, owner = found.untouched[0]
+        detail = f"holds {owner}, which the adapter changes, and is as in the base"
+        return Check(name, ok=False, detail=detail, place=f"initializer {initializer!r}", data=data)
+    if not found.changed and not patches.opaque:
+        detail = "the adapter changes no weight: is it trained?"
+        return Check(name, ok=False, detail=detail, place="the adapter", data=data)
+    detail = f"{len(found.changed)} of {total} initializers changed, for {len(weights.names)} weights"
+    if patches.opaque:
+        owners = sorted(set(patches.opaque.values()))
+        detail += f"; how the file holds {', '.join(owners[:3])} is not known: parity alone covers that"
+    if found.idle:
+        detail += f"; left as they are by the adapter: {', '.join(found.idle[:3])}"
+    return Check(name, ok=True, detail=detail, data=data)
 
 
-def _delta(expected: Expected, pairs: Pairs) -> Check:
-    worst = 0.0
-    for base, other in pairs:
-        wanted = expected.values.get(base.name or "")
-        if wanted is None or base.const_value is None or other.const_value is None:
-            continue
-        if not can_hold_weights(other.const_value):
-            continue
-        gap = ulps(as_torch(other.const_value), wanted, as_torch(base.const_value))
-        if gap > ULPS:
-            owner = expected.owners[base.name or ""]
-            found = as_torch(other.const_value)
-            what = f"differs from W of {owner} by {gap:.3g} units in the last place"
-            if not bool(found.isfinite().all()):
-                what = f"holds {int((~found.isfinite()).sum())} values that are not finite"
-            return Check("delta", ok=False, detail=what, place=f"initializer {other.name!r}")
-        worst = max(worst, gap)
-    bits = "bit for bit" if worst == 0 else f"to {worst:.2g} units in the last place"
-    return Check(
-        "delta",
-        ok=True,
-        detail=f"{len(expected.values)} changed initializers hold exactly W, {bits}",
-        data={"ulps": worst},
-    )
+def _delta(found: _Findings) -> Check:
+    if found.wrong:
+        initializer, detail = found.wrong[0]
+        return Check("delta", ok=False, detail=detail, place=f"initializer {initializer!r}")
+    bits = "bit for bit" if found.ulps == 0 else f"to {found.ulps:.2g} units in the last place"
+    detail = f"{len(found.changed)} changed initializers hold exactly W, {bits}"
+    return Check("delta", ok=True, detail=detail, data={"ulps": found.ulps})
 
 
-def _untouched(expected: Expected, differing: Mapping[str, tuple[ir.Value, ir.Value]], pairs: Pairs) -> Check:
-    for name, (base, other) in differing.items():
-        if name not in expected.values and name not in expected.opaque:
-            return Check(
-                "untouched",
-                ok=False,
-                detail=f"differs from the base ({_gap(base, other)}), and the adapter does not change it",
-                place=f"initializer {other.name!r}",
-            )
-    kept = len(pairs) - len(differing)
-    return Check("untouched", ok=True, detail=f"the other {kept} initializers are the base's, bit for bit")
+def _untouched(found: _Findings) -> Check:
+    if found.foreign:
+        initializer, gap = found.foreign[0]
+        detail = f"differs from the base ({gap}), and the adapter does not change it"
+        return Check("untouched", ok=False, detail=detail, place=f"initializer {initializer!r}")
+    detail = f"the other {found.kept} initializers are the base's, bit for bit"
+    return Check("untouched", ok=True, detail=detail)
 
 
 def ulps(found: Tensor, wanted: Tensor, base: Tensor) -> float:

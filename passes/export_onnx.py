@@ -24,16 +24,17 @@ from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
 from lora_fx.passes.certify_parity import parity_check
 from lora_fx.passes.onnx_canonical import canonical
+from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors, split_inputs
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_match import find_map
-from lora_fx.passes.onnx_metadata import Extent, read_map, write_base, write_folded
+from lora_fx.passes.onnx_metadata import Extent, lossy_notes, read_map, write_base, write_folded
 from lora_fx.passes.onnx_parity import feeds_for
-from lora_fx.passes.onnx_patch import patch
+from lora_fx.passes.onnx_patch import find_patches
 from lora_fx.passes.onnx_program import DynamicShapes, Program, program
 from lora_fx.passes.onnx_runtime import open_optimised
 from lora_fx.passes.onnx_state import cast_state, evaluating
-from lora_fx.passes.onnx_subject import Inputs, Subject, Weights, subject_of
+from lora_fx.passes.onnx_subject import Inputs, Subject, subject_of
 from lora_fx.providers import choose
 
 PRECISIONS: Mapping[str, torch.dtype] = {
@@ -140,12 +141,6 @@ class _Job:
         self.precision = precision
         self._program: Program | None = None
 
-    @property
-    def weights(self) -> Weights:
-        """The folded values as they are stored: cast once, after folding."""
-        given = self.subject.weights
-        return Weights(given.names, lambda name, base: self.stored(given.effective(name, base)), given.plan)
-
     def stored(self, tensor: Tensor) -> Tensor:
         """Return a value in the dtype of the file."""
         if self.precision is None or not tensor.is_floating_point():
@@ -184,9 +179,8 @@ class _Job:
         optimised = made.optimised()
         mapping = self.find_map(optimised)
         onnx_files.strip(optimised)
-        write_base(optimised, mapping)
         with onnx_files.draft(path) as draft:
-            draft.write(optimised)
+            draft.write(optimised, finish=lambda model, data: write_base(model, mapping, data))
             certificate = self.base_certificate(draft.path, path, mapping) if prove else None
             draft.publish()
         return certificate or Certificate(path.name, path.name, (), {}, ("not certified, as asked",))
@@ -221,17 +215,21 @@ class _Job:
         """Make the folded file from the base file."""
         base = onnx_files.load(base_path)
         mapping = self.check_base(base, base_path)
-        folded = self.fold_into(base, mapping)
         digest = canonical(base).digest
-        write_folded(folded, plan=self.subject.plan, extents=self.extents(), digest=digest)
+        folded = self.fold_into(base, mapping)
+
+        def finish(written: ir.Model, data: DataFile | None) -> None:
+            extents = self.extents()
+            write_folded(written, plan=self.subject.plan, extents=extents, digest=digest, data=data)
+
         with onnx_files.draft(path) as draft:
-            draft.write(folded)
+            draft.write(folded, finish=finish)
             if prove:
                 certificate = self.folded_certificate(base_path, draft.path, path)
             else:
                 certificate = Certificate(base_path.name, path.name, (), {}, ("not certified, as asked",))
             draft.publish()
-        return certificate
+        return certificate.noted(*lossy_notes(self.extents()))
 
     def check_base(self, base: ir.Model, base_path: Path) -> ParameterMap | None:
         """Return the base file's map, after checking that it is this model's base.
@@ -257,9 +255,10 @@ class _Job:
 
     def fold_into(self, base: ir.Model, mapping: ParameterMap | None) -> ir.Model:
         """Return the folded graph: the base patched, or a new optimisation where that cannot be."""
-        placements = [mapping.find(name) if mapping else None for name in self.subject.changes]
-        if mapping is not None and all(p is not None and p.status == "known" for p in placements):
-            patch(base, mapping, self.weights)
+        patches = find_patches(base, mapping, self.subject.weights) if mapping is not None else None
+        if patches is not None and not patches.opaque and not patches.missing:
+            for patch in patches.patches:
+                base.graph.initializers[patch.initializer].const_value = patch.lazy()
             return base
         made = self.program()
         known = made.model.graph.initializers
@@ -287,14 +286,13 @@ class _Job:
 
     def folded_certificate(self, base_path: Path, draft: Path, path: Path) -> Certificate:
         """Prove a folded file against its base and the torch model."""
-        evidence = examine(base_path, draft, self.weights)
+        evidence = examine(base_path, draft, self.subject.weights)
         checks, notes = list(evidence.checks), list(evidence.notes)
         if evidence.base is not None and evidence.folded is not None:
             if self._program is not None:
                 notes += self._program.notes
             checks.append(self.parity(evidence.base.session, evidence.folded.session, notes))
             checks.append(effect_check(evidence, feeds_for(evidence.base.session, self.cast_inputs())))
-        notes += self.retained_notes()
         return _raise(
             Certificate(base_path.name, path.name, tuple(checks), environment(evidence.runtime), tuple(notes))
         )
@@ -304,14 +302,6 @@ class _Job:
         return parity_check(
             self.subject, self.inputs, base_session, folded_session, precision=self.precision, notes=notes
         )
-
-    def retained_notes(self) -> list[str]:
-        """Say which weights lose much of their change to the file's precision."""
-        lossy = {name: extent for name, extent in self.extents().items() if extent.retained < 0.9}
-        return [
-            f"{name}: {1 - extent.retained:.0%} of the change is lost to the weight's precision"
-            for name, extent in lossy.items()
-        ]
 
 
 def _raise(certificate: Certificate) -> Certificate:

@@ -9,30 +9,35 @@ those it was made for.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import ExportError
 from lora_fx.files import atomic_write, sync_folder
 from lora_fx.passes.onnx_canonical import all_initializers, all_nodes
+from lora_fx.passes.onnx_tensors import chunks, shape_of
 
 INLINE_LIMIT = 32 << 20
 """Weights up to this many bytes in all stay in the .onnx file itself."""
 
-_ALWAYS_INLINE = 1024
+ALWAYS_INLINE = 1024
 _ALIGNMENTS = ((1 << 20, 4096), (0, 64))
-_CHUNK = 16 << 20
 
 Progress = Callable[[int], None]
 """Told the number of bytes written, tensor by tensor."""
+
+Finish = Callable[[ir.Model, "DataFile | None"], None]
+"""Completes a model's metadata after its weights are written: told the model and its data file."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,23 @@ class Draft:
     published: bool = False
 
     def write(
-        self, model: ir.Model, *, external: bool | None = None, progress: Progress | None = None
+        self,
+        model: ir.Model,
+        *,
+        external: bool | None = None,
+        progress: Progress | None = None,
+        finish: Finish | None = None,
     ) -> DataFile | None:
         """Write a whole model, weights included, to the draft."""
         if external is None:
             external = weights_size(model) > INLINE_LIMIT
         outside = [v for v in all_initializers(model.graph) if _goes_out(v)] if external else []
         if outside:
-            self.write_split(model, outside, progress=progress)
+            self.write_split(model, outside, progress=progress, finish=finish)
         else:
             with _inlined(model):
+                if finish is not None:
+                    finish(model, None)
                 atomic_write(self.path, ir.to_proto(model).SerializeToString())
         return self.data
 
@@ -128,15 +140,25 @@ class Draft:
         *,
         suffix: str = "data",
         progress: Progress | None = None,
+        finish: Finish | None = None,
     ) -> DataFile:
-        """Write the given initializers to a data file, and the rest of the model as it is."""
+        """Write the given initializers to a data file, and the rest of the model as it is.
+
+        ``finish`` is called when the weights are written, to complete the model's metadata.
+        """
         values = list(outside)
         before = [value.const_value for value in values]
         temporary, places, sha256 = _write_data(self.final, values, progress)
         data = DataFile(f"{self.final.name}.{sha256[:12]}.{suffix}", temporary.stat().st_size, sha256)
         try:
             for value, (offset, length) in zip(values, places, strict=True):
-                value.const_value = _pointer(value, data.name, offset, length, self.final.parent)
+                tensor = value.const_value
+                assert tensor is not None
+                value.const_value = pointer(
+                    tensor, data.name, offset=offset, length=length, folder=self.final.parent
+                )
+            if finish is not None:
+                finish(model, data)
             serialised = ir.to_proto(model).SerializeToString()
         except BaseException:
             temporary.unlink()
@@ -175,17 +197,25 @@ def draft(path: Path) -> Generator[Draft]:
             made.discard()
 
 
-def _pointer(value: ir.Value, location: str, offset: int, length: int, folder: Path) -> ir.ExternalTensor:
-    tensor = value.const_value
-    assert tensor is not None
+def pointer(
+    tensor: ir.TensorProtocol,
+    location: str,
+    *,
+    offset: int | None = None,
+    length: int | None = None,
+    folder: Path | None = None,
+) -> ir.ExternalTensor:
+    """Return a tensor of the same shape and dtype that lies in a data file."""
+    if isinstance(tensor, ir.ExternalTensor) and offset is None:
+        offset, length, folder = tensor.offset, tensor.length, Path(tensor.base_dir)
     return ir.ExternalTensor(
         location,
         offset,
         length,
         tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=value.name or "",
-        base_dir=folder,
+        shape=ir.Shape(shape_of(tensor)),
+        name=tensor.name or "",
+        base_dir=folder or Path(),
     )
 
 
@@ -220,7 +250,7 @@ def _mentions(path: Path, text: bytes) -> bool:
 
 def _goes_out(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > _ALWAYS_INLINE
+    return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > ALWAYS_INLINE
 
 
 def _write_data(
@@ -239,7 +269,7 @@ def _write_data(
                 assert tensor is not None
                 step = next(step for size, step in _ALIGNMENTS if tensor.nbytes >= size)
                 padding = -offset % step
-                for part in (b"\0" * padding, *_bytes(tensor)):
+                for part in itertools.chain([b"\0" * padding], chunks(tensor)):
                     file.write(part)
                     digest.update(part)
                 places.append((offset + padding, tensor.nbytes))
@@ -254,24 +284,25 @@ def _write_data(
     return temporary, places, digest.hexdigest()
 
 
-def _bytes(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
-    whole = memoryview(tensor.tobytes())
-    for begin in range(0, len(whole), _CHUNK):
-        yield whole[begin : begin + _CHUNK]
-
-
 @contextmanager
 def _inlined(model: ir.Model) -> Generator[None]:
     """Hold every weight in memory, so that it is written into the file itself."""
-    outside = [v for v in all_initializers(model.graph) if isinstance(v.const_value, ir.ExternalTensor)]
+    kinds = (ir.ExternalTensor, ir.LazyTensor)
+    outside = [v for v in all_initializers(model.graph) if isinstance(v.const_value, kinds)]
     before = [value.const_value for value in outside]
     try:
         for value in outside:
-            assert value.const_value is not None
-            value.const_value = ir.Tensor(
-                value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name
-            )
+            tensor = value.const_value
+            assert tensor is not None
+            content = ir.TensorProtoTensor(_raw_proto(tensor, value.name or ""))
+            value.const_value = content
         yield
     finally:
         for value, tensor in zip(outside, before, strict=True):
             value.const_value = tensor
+
+
+def _raw_proto(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
+    proto = onnx.TensorProto(data_type=int(tensor.dtype), dims=shape_of(tensor), name=name)
+    proto.raw_data = b"".join(chunks(tensor))
+    return proto

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError
+from lora_fx.passes.examples import read_examples
 from lora_fx.passes.onnx_subject import Inputs
 
 
@@ -21,29 +22,17 @@ def split_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     Raises:
         InputError: they do not fit the forward's signature.
     """
-    args, kwargs = _split(example_inputs)
+    examples = read_examples(model, example_inputs)
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError) as error:
+        bound = inspect.signature(model.forward).bind(*examples.args, **examples.kwargs)
+    except TypeError as error:
         raise InputError(
             "example_inputs",
             expected=f"what {type(model).__name__}.forward takes",
             got=str(error),
             advice="Pass a tensor, a tuple of positional arguments, a mapping of keyword arguments, or both.",
         ) from error
-    return bound.args, {key: bound.kwargs[key] for key in bound.kwargs}
-
-
-def _split(example_inputs: Any) -> Inputs:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if not isinstance(example_inputs, (tuple, list)):
-        return (example_inputs,), {}
-    if len(example_inputs) == 2:
-        args, kwargs = example_inputs
-        if isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping):
-            return tuple(args), {str(key): value for key, value in kwargs.items()}
-    return tuple(example_inputs), {}
+    return bound.args, dict(bound.kwargs)
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:

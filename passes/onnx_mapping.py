@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
 from lora_fx.fingerprints import Fingerprint
+from lora_fx.passes.onnx_tensors import as_torch
 
 MAPPING_KEY = "lora_fx.mapping"
 MAPPING_VERSION = 1
@@ -34,10 +37,15 @@ Status = Literal["known", "opaque", "absent"]
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor along one axis of a parameter."""
+    """A factor along one axis of a parameter, and what brings the parameter back in every bit.
+
+    Dividing by the factor misses the parameter by a unit in the last place or two; ``residue`` holds
+    these units, one small integer for each element.
+    """
 
     axis: int
     factors: tuple[float, ...]
+    residue: bytes = b""
 
     def along(self, weight: Tensor) -> Tensor:
         """Return the factors, shaped to multiply the weight with."""
@@ -45,16 +53,46 @@ class Scale:
         shape[self.axis] = -1
         return torch.tensor(self.factors, dtype=torch.float32).reshape(shape).to(weight.dtype)
 
+    def undo(self, scaled: Tensor) -> Tensor:
+        """Return the parameter from its scaled value."""
+        quotient = (scaled / self.along(scaled)).contiguous()
+        if not self.residue:
+            return quotient
+        units = torch.frombuffer(bytearray(zlib.decompress(self.residue)), dtype=torch.int8)
+        bits = _as_bits(quotient) + units.reshape(scaled.shape).to(_bits(scaled.dtype))
+        return bits.view(scaled.dtype)
+
+    def exact(self, weight: Tensor, scaled: Tensor) -> Scale:
+        """Return the same scale with the residue for this weight, where one byte holds it."""
+        gap = _as_bits(weight) - _as_bits(scaled / self.along(scaled))
+        if int(gap.abs().max()) > 127:
+            return self
+        packed = zlib.compress(gap.to(torch.int8).numpy().tobytes(), 6)
+        return Scale(self.axis, self.factors, packed)
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain data: the factors as base64 of little-endian float32."""
+        """Return plain data: the factors as base64 of little-endian float32, the residue as base64."""
         packed = torch.tensor(self.factors, dtype=torch.float32).numpy().astype("<f4").tobytes()
-        return {"axis": self.axis, "factors": base64.b64encode(packed).decode()}
+        return {
+            "axis": self.axis,
+            "factors": base64.b64encode(packed).decode(),
+            "residue": base64.b64encode(self.residue).decode(),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scale:
         """Read what ``to_json`` wrote."""
         packed = bytearray(base64.b64decode(data["factors"]))
-        return cls(int(data["axis"]), tuple(torch.frombuffer(packed, dtype=torch.float32).tolist()))
+        factors = torch.frombuffer(packed, dtype=torch.float32).tolist()
+        return cls(int(data["axis"]), tuple(factors), base64.b64decode(data["residue"]))
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_bits(tensor.dtype))
 
 
 @dataclass(frozen=True)
@@ -98,7 +136,7 @@ class Recipe:
         return result
 
     def restore(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the parameter, of this shape, from the initializer's value; exact without a scale."""
+        """Return the parameter, of this shape, from the initializer's value, in every bit."""
         order = self.perm if self.perm is not None else tuple(range(len(shape)))
         permuted = tuple(shape[axis] for axis in order)
         if self.runs is None:
@@ -110,7 +148,7 @@ class Recipe:
                 target[origin : origin + length] = source[start : start + length]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         made = made.permute(inverse).contiguous()
-        return made if self.scale is None else made / self.scale.along(made)
+        return made if self.scale is None else self.scale.undo(made)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, read back by ``from_json``."""
@@ -162,6 +200,10 @@ class Placement:
     def shape(self) -> tuple[int, ...]:
         """The parameter's own shape."""
         return () if self.fingerprint is None else self.fingerprint.shape
+
+    def restored(self, tensor: ir.TensorProtocol) -> Tensor:
+        """Return the parameter from its first initializer's tensor."""
+        return self.recipes[0].restore(as_torch(tensor), self.shape)
 
     @property
     def status(self) -> Status:

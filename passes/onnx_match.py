@@ -11,15 +11,16 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from lora_fx.fingerprints import fingerprint
+from lora_fx.fingerprints import Fingerprint, fingerprint
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe, Run, Scale
-from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, dtype_name, same_bits
+from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, dtype_name, same_bits, sha256, shape_of
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _MAX_SCALED = 4
@@ -41,6 +42,28 @@ def find_map(model: ir.Model, parameters: Mapping[str, tuple[Tensor, tuple[str, 
         )
         placements[name] = Placement(known, obscure, names, fingerprint(value))
     return ParameterMap(placements)
+
+
+def map_by_fingerprint(model: ir.Model, fingerprints: Mapping[str, Fingerprint]) -> ParameterMap:
+    """Return where a file of any make holds the weights of these fingerprints, as they are or transposed."""
+    wanted = {(stored.shape, stored.dtype) for stored in fingerprints.values()}
+    held: dict[tuple[tuple[int, ...], str], list[Recipe]] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or not can_hold_weights(tensor):
+            continue
+        recipe = Recipe(value.name or "", shape_of(tensor), dtype_name(tensor))
+        if (recipe.shape, recipe.dtype) in wanted:
+            held.setdefault((recipe.shape, sha256(tensor)), []).append(recipe)
+        if len(recipe.shape) == 2 and (recipe.shape[::-1], recipe.dtype) in wanted:
+            moved = fingerprint(as_torch(tensor).t())
+            held.setdefault((moved.shape, moved.sha256), []).append(replace(recipe, perm=(1, 0)))
+    return ParameterMap(
+        {
+            name: Placement(tuple(held.get((stored.shape, stored.sha256), ())), (), (name,), stored)
+            for name, stored in fingerprints.items()
+        }
+    )
 
 
 def provenance(initializers: Iterable[ir.Value]) -> dict[str, list[ir.Value]]:
@@ -76,7 +99,7 @@ def _proposals(value: Tensor, held: Tensor, name: str, dtype: str) -> Iterator[R
     for axis in range(value.dim()) if value.shape == held.shape and value.dim() > 1 else ():
         scale = _scale(cast, held, axis)
         if scale is not None:
-            yield Recipe(name, shape, dtype, scale=scale)
+            yield Recipe(name, shape, dtype, scale=scale.exact(cast, held))
     for perm in (None, (1, 0)) if value.dim() == 2 else (None,):
         runs = _runs(cast if perm is None else cast.permute(perm), held)
         if runs:

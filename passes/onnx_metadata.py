@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
+from lora_fx.passes.onnx_canonical import all_initializers
+from lora_fx.passes.onnx_files import DataFile, file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
+from lora_fx.passes.onnx_tensors import data_path
 
 PLAN_KEY = "lora_fx.plan"
 CHANGES_KEY = "lora_fx.changes"
@@ -33,16 +38,32 @@ class Extent:
 
         ``retained`` is ``1 - |stored - cast(before) - delta| / |delta|``.
         """
-        wide = after.double() - before.double()
-        kept = stored.double() - before.to(stored.dtype).double()
-        size = float(wide.norm())
-        lost = float((kept - wide).norm()) / size if size else 0.0
-        return cls(float(before.double().norm()), size, 1.0 - lost)
+        delta = after.to(torch.float32) - before.to(torch.float32)
+        size = _norm(delta)
+        lost = 0.0
+        if size and stored.dtype != after.dtype:
+            kept = stored.to(torch.float32) - before.to(stored.dtype).to(torch.float32)
+            lost = _norm(kept - delta) / size
+        return cls(_norm(before), size, 1.0 - lost)
 
 
-def write_base(model: ir.Model, mapping: ParameterMap) -> None:
-    """Note in a base file how its initializers hold the parameters."""
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def lossy_notes(extents: Mapping[str, Extent], *, least: float = 0.9) -> list[str]:
+    """Say which weights lose more than a tenth of their change to the precision that they are stored in."""
+    return [
+        f"{name}: {1 - extent.retained:.0%} of the change is lost to the precision it is stored in"
+        for name, extent in extents.items()
+        if extent.retained < least
+    ]
+
+
+def write_base(model: ir.Model, mapping: ParameterMap, data: DataFile | None) -> None:
+    """Note in a base file how its initializers hold the parameters, and what its data file is."""
     model.metadata_props[MAPPING_KEY] = mapping.to_json()
+    write_data(model, DATA_KEY, [] if data is None else [data])
 
 
 def read_map(model: ir.Model) -> ParameterMap | None:
@@ -51,10 +72,47 @@ def read_map(model: ir.Model) -> ParameterMap | None:
     return None if text is None else ParameterMap.from_json(text)
 
 
-def write_folded(model: ir.Model, *, plan: str | None, extents: Mapping[str, Extent], digest: str) -> None:
-    """Note in a folded file what was changed, by how much, and the structure of its base."""
+def write_data(model: ir.Model, key: str, files: Iterable[DataFile]) -> None:
+    """Note names, sizes and hashes of data files."""
+    listed = [vars(file) for file in files]
+    model.metadata_props.pop(key, None)
+    if listed:
+        model.metadata_props[key] = json.dumps(listed)
+
+
+def read_data(metadata: Mapping[str, str], key: str) -> tuple[DataFile, ...]:
+    """Return the data files noted under a key."""
+    return tuple(DataFile(**item) for item in json.loads(metadata.get(key, "[]")))
+
+
+def data_files(model: ir.Model, folder: Path) -> tuple[DataFile, ...]:
+    """Return a base's data files, from its metadata or, in a file of another make, by hashing them."""
+    noted = read_data(model.metadata_props, DATA_KEY)
+    tensors = (value.const_value for value in all_initializers(model.graph))
+    paths = {data_path(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    known = {(folder / file.name).resolve() for file in noted}
+    if paths <= known:
+        return noted
+    root = folder.resolve()
+    return tuple(
+        DataFile(path.relative_to(root).as_posix(), path.stat().st_size, file_sha256(path))
+        for path in sorted(paths)
+    )
+
+
+def write_folded(
+    model: ir.Model,
+    *,
+    plan: str | None,
+    extents: Mapping[str, Extent],
+    digest: str,
+    data: DataFile | None,
+    base_data: Iterable[DataFile] = (),
+) -> None:
+    """Note in a folded file what was changed, by how much, its base's structure, and its data files."""
     model.metadata_props.pop(MAPPING_KEY, None)
-    model.metadata_props.pop(DATA_KEY, None)
+    write_data(model, DATA_KEY, [] if data is None else [data])
+    write_data(model, BASE_DATA_KEY, base_data)
     if plan is not None:
         model.metadata_props[PLAN_KEY] = plan
     model.metadata_props[CHANGES_KEY] = json.dumps({name: vars(extent) for name, extent in extents.items()})

@@ -1,18 +1,128 @@
-"""Patch: put an adapter's effective weights into a base graph, where it is known how they lie there."""
+"""Patches: what an adapter makes of a base file's initializers, computed when it is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from lora_fx.passes.certify_values import expect
-from lora_fx.passes.onnx_mapping import ParameterMap
+from lora_fx.errors import ExportError
+from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe
+from lora_fx.passes.onnx_metadata import Extent
 from lora_fx.passes.onnx_subject import Weights
-from lora_fx.passes.onnx_tensors import from_torch
+from lora_fx.passes.onnx_tensors import as_torch, from_torch, shape_of
+
+Observe = Callable[[str, Extent], None]
+"""Told how much a weight was changed, by its name, when its new value is computed."""
 
 
-def patch(model: ir.Model, mapping: ParameterMap, weights: Weights) -> tuple[str, ...]:
-    """Replace the changed initializers, in place; return their names."""
-    expected = expect(model, mapping, weights)
-    for name, value in expected.values.items():
-        model.graph.initializers[name].const_value = from_torch(value, name)
-    return tuple(expected.values)
+@dataclass(frozen=True)
+class Step:
+    """One parameter in one initializer."""
+
+    name: str
+    recipe: Recipe
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One initializer that the adapter changes: its tensor in the base, and the parameters in it."""
+
+    initializer: str
+    base: ir.TensorProtocol
+    steps: tuple[Step, ...]
+    weights: Weights
+
+    @property
+    def owner(self) -> str:
+        """The names of the parameters that it holds."""
+        return ", ".join(step.name for step in self.steps)
+
+    def value(self, observe: Observe | None = None) -> Tensor:
+        """Return the initializer's new value, of the same shape and dtype."""
+        held = as_torch(self.base)
+        for step in self.steps:
+            held = self._stepped(step, held, observe)
+        return held
+
+    def _stepped(self, step: Step, held: Tensor, observe: Observe | None) -> Tensor:
+        before = step.recipe.restore(held, step.placement.shape)
+        # The adapter's own rule adds in float32 and casts once; a wide W0 keeps that cast for below.
+        wide = before.to(torch.promote_types(before.dtype, torch.float32))
+        after = self.weights.effective(step.name, wide)
+        stored = after.to(before.dtype)
+        if observe is not None:
+            observe(step.name, Extent.of(wide, after, stored))
+        return step.recipe.apply(stored, held)
+
+    def lazy(self, observe: Observe | None = None) -> ir.LazyTensor:
+        """Return the new value as a tensor that is computed when it is written, and not kept."""
+        return ir.LazyTensor(
+            lambda: from_torch(self.value(observe), self.initializer),
+            dtype=self.base.dtype,
+            shape=ir.Shape(shape_of(self.base)),
+            name=self.initializer,
+            cache=False,
+        )
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Every patch, and what cannot be patched.
+
+    ``opaque`` maps initializers without a recipe to the parameter that is in them; ``missing`` are
+    parameters that the file does not hold at all.
+    """
+
+    patches: tuple[Patch, ...]
+    opaque: dict[str, str] = field(default_factory=dict[str, str])
+    missing: tuple[str, ...] = ()
+
+    def require(self, where: str) -> tuple[Patch, ...]:
+        """Return the patches, where they are all there is to do.
+
+        Raises:
+            ExportError: a parameter is opaque or missing.
+        """
+        for initializer, name in self.opaque.items():
+            raise ExportError(
+                f"{where}: {name}",
+                expected="a weight that lies in the file in a known way",
+                got=f"the initializer {initializer!r}, which was computed from it and from others",
+                advice="Export the adapted model instead: export_onnx(model, path, inputs, base=...).",
+            )
+        for name in self.missing:
+            raise ExportError(
+                f"{where}: {name}",
+                expected="the file to hold this weight",
+                got="no initializer for it",
+                advice="The file is of another model, or its exporter dropped the weight: export the adapted "
+                "model with a new base.",
+            )
+        return self.patches
+
+
+def find_patches(base: ir.Model, mapping: ParameterMap, weights: Weights) -> Patches:
+    """Return how a base model is changed by an adapter."""
+    steps: dict[str, list[Step]] = {}
+    opaque: dict[str, str] = {}
+    missing: list[str] = []
+    for name in weights.names:
+        placement = mapping.find(name)
+        if placement is None or placement.status == "absent":
+            missing.append(name)
+            continue
+        opaque |= dict.fromkeys(placement.opaque, name)
+        for recipe in placement.recipes:
+            steps.setdefault(recipe.initializer, []).append(Step(name, recipe, placement))
+    initializers = base.graph.initializers
+    made: list[Patch] = []
+    for initializer, listed in steps.items():
+        tensor = initializers[initializer].const_value
+        assert tensor is not None
+        made.append(Patch(initializer, tensor, tuple(listed), weights))
+    return Patches(tuple(made), opaque, tuple(missing))

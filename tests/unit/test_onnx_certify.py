@@ -1,0 +1,301 @@
+"""The certificate: every single tampering makes it fail, with the check and the place named."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from lora_fx.adapter_file import AdapterFile
+from lora_fx.certificates import Certificate, Check
+from lora_fx.errors import CertificateError
+from lora_fx.passes import certify_parity, onnx_files
+from lora_fx.passes.certify import certify
+from lora_fx.passes.certify_values import ulps
+from lora_fx.passes.export_onnx import export_onnx, export_subject
+from lora_fx.passes.fold_onnx import fold_onnx
+from lora_fx.passes.onnx_inputs import split_inputs
+from lora_fx.passes.onnx_parity import distance
+from tests.unit.onnx_adapters import adapter, subject_with
+from tests.unit.onnx_models import Mixed, made
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+Tamper = Callable[[ir.Model], None]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, AdapterFile]:
+    """A base, a folded file and its adapter; ``o`` and ``p`` are of one shape, ``norm`` is not adapted."""
+    folder = tmp_path_factory.mktemp("files")
+    model = made(Mixed)
+    file = adapter(model, ("conv.weight", "qkv.weight", "o.weight", "p.weight"), full=("head.weight",))
+    export_onnx(model, folder / "base.onnx", IMAGE)
+    fold_onnx(folder / "base.onnx", file, folder / "task.onnx")
+    return folder / "base.onnx", folder / "task.onnx", file
+
+
+def find(model: ir.Model, op: str, index: int = 0) -> ir.Node:
+    return [node for node in model.graph if node.op_type == op][index]
+
+
+def weight_of(model: ir.Model, op: str, index: int = 0) -> ir.Value:
+    value = find(model, op, index).inputs[1]
+    assert value is not None
+    return value
+
+
+def put(value: ir.Value, content: torch.Tensor) -> None:
+    value.const_value = ir.tensor(content.numpy(), name=value.name)
+
+
+def held(value: ir.Value) -> torch.Tensor:
+    assert value.const_value is not None
+    return torch.from_numpy(value.const_value.numpy().copy())
+
+
+def attribute(m: ir.Model) -> None:
+    find(m, "LayerNormalization").attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+
+def edge(m: ir.Model) -> None:
+    find(m, "Sub").replace_input_with(0, find(m, "Sub").inputs[1])
+
+
+def extra_node(m: ir.Model) -> None:
+    relu = find(m, "Relu")
+    extra = ir.node("Identity", [relu.inputs[0]])
+    m.graph.insert_before(relu, extra)
+    extra.outputs[0].name = "extra"
+    relu.replace_input_with(0, extra.outputs[0])
+
+
+def extra_dead_node(m: ir.Model) -> None:
+    dead = ir.node("Exp", [find(m, "Relu").inputs[0]])
+    dead.outputs[0].name = "dead"
+    m.graph.append(dead)
+
+
+def output_renamed(m: ir.Model) -> None:
+    m.graph.outputs[0].name = "result"
+
+
+def input_renamed(m: ir.Model) -> None:
+    m.graph.inputs[0].name = "picture"
+
+
+def opset(m: ir.Model) -> None:
+    m.opset_imports[""] = 21
+
+
+def domain(m: ir.Model) -> None:
+    m.opset_imports["com.example"] = 1
+    find(m, "Relu").domain = "com.example"
+
+
+def integer(m: ir.Model) -> None:
+    value = find(m, "Reshape").inputs[1]
+    assert value is not None
+    content = held(value)
+    content[content == 8] = -1
+    put(value, content)
+
+
+def dtype(m: ir.Model) -> None:
+    put(weight_of(m, "Gemm"), held(weight_of(m, "Gemm")).double())
+
+
+def shape(m: ir.Model) -> None:
+    value = weight_of(m, "Gemm")
+    put(value, held(value)[:9])
+
+
+def input_shape(m: ir.Model) -> None:
+    m.graph.inputs[0].shape = ir.Shape([2, 3, 8, 8])
+
+
+def swapped(m: ir.Model) -> None:
+    sub, attention = matmuls(m)["p"], matmuls(m)["o"]
+    first, second = held(sub), held(attention)
+    put(sub, second)
+    put(attention, first)
+
+
+def matmuls(m: ir.Model) -> dict[str, ir.Value]:
+    """The weights of ``o`` and ``p``, by the order in which they are multiplied with."""
+    square = [
+        node.inputs[1]
+        for node in m.graph
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].is_initializer()
+        if held(node.inputs[1]).shape == (8, 8)
+    ]
+    return dict(zip(("o", "p"), square, strict=True))
+
+
+def scaled(m: ir.Model) -> None:
+    value = weight_of(m, "Conv")
+    put(value, held(value) * 1.001)
+
+
+def poisoned(m: ir.Model) -> None:
+    value = weight_of(m, "Gemm")
+    content = held(value)
+    content[0, 0] = float("nan")
+    put(value, content)
+
+
+def one_element(m: ir.Model) -> None:
+    value = matmuls(m)["o"]
+    content = held(value)
+    content[3, 3] *= 1 + 1e-5
+    put(value, content)
+
+
+def not_adapted(m: ir.Model) -> None:
+    value = find(m, "LayerNormalization").inputs[1]
+    assert value is not None
+    put(value, held(value) + 1e-6)
+
+
+def bias_poisoned(m: ir.Model) -> None:
+    value = find(m, "Gemm").inputs[2]
+    assert value is not None
+    put(value, held(value) * float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "check", "place"),
+    [
+        (attribute, "structure", "attribute epsilon"),
+        (edge, "structure", "input 0 of node"),
+        (extra_node, "structure", "(Relu)"),
+        (extra_dead_node, "structure", "reaches no output"),
+        (output_renamed, "structure", "graph output 0"),
+        (input_renamed, "structure", "graph input 0"),
+        (opset, "structure", "opset"),
+        (domain, "structure", "opset"),
+        (integer, "structure", "initializer"),
+        (dtype, "structure", "initializer"),
+        (shape, "structure", "initializer"),
+        (input_shape, "structure", "graph input 0"),
+        (swapped, "delta", "initializer"),
+        (scaled, "delta", "'conv.weight'"),
+        (poisoned, "delta", "'head.weight'"),
+        (one_element, "delta", "initializer"),
+        (not_adapted, "untouched", "'norm.weight'"),
+        (bias_poisoned, "untouched", "'head.bias'"),
+    ],
+)
+def test_a_single_tampering_fails_and_is_named(
+    tamper: Tamper, check: str, place: str, files: tuple[Path, Path, AdapterFile], tmp_path: Path
+) -> None:
+    base, folded, file = files
+    model = onnx_files.load(folded)
+    tamper(model)
+    onnx_files.save(model, tmp_path / "task.onnx")
+    certificate = certify(base, tmp_path / "task.onnx", adapter=file)
+    assert not certificate.ok
+    assert check in [failed.name for failed in certificate.failures]
+    assert place in certificate[check].place
+    with pytest.raises(CertificateError):
+        certificate.raise_for_failure()
+
+
+def test_each_untouched_initializer_is_named(files: tuple[Path, Path, AdapterFile], tmp_path: Path) -> None:
+    base, folded, file = files
+    before = onnx_files.load(base).graph.initializers
+    changed = certify(base, folded, adapter=file)["changed-set"].data["changed"]
+    assert len(changed) == 5
+    for name in changed:
+        model = onnx_files.load(folded)
+        model.graph.initializers[name].const_value = before[name].const_value
+        onnx_files.save(model, tmp_path / "task.onnx")
+        certificate = certify(base, tmp_path / "task.onnx", adapter=file)
+        assert [failed.name for failed in certificate.failures] == ["changed-set"]
+        assert repr(name) in certificate["changed-set"].place
+
+
+def test_the_base_itself_is_no_folded_file(files: tuple[Path, Path, AdapterFile]) -> None:
+    base, _, file = files
+    failed = [check.name for check in certify(base, base, adapter=file).failures]
+    assert failed == ["changed-set", "effect"]
+
+
+def test_without_the_adapter_what_changed_is_reported(files: tuple[Path, Path, AdapterFile]) -> None:
+    base, folded, _ = files
+    certificate = certify(base, folded)
+    assert certificate.ok
+    assert len(certificate["changed"].data["changed"]) == 5
+    assert any("not known" in note for note in certificate.notes)
+
+
+def test_export_catches_a_runtime_that_computes_something_else(
+    files: tuple[Path, Path, AdapterFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(Mixed)
+    subject = subject_with(model, files[2])
+    wrong = replace(subject, injected=subject.base_state)
+    with pytest.raises(CertificateError, match="injected model"):
+        export_subject(wrong, tmp_path / "task.onnx", split_inputs(model, IMAGE), base=files[0])
+    run, calls = certify_parity.run, itertools.count()
+
+    def off_for_the_folded_file(*args: object) -> list[torch.Tensor]:
+        return [out * (1 + 1e-4 * (next(calls) % 2)) for out in run(*args)]
+
+    monkeypatch.setattr(certify_parity, "run", off_for_the_folded_file)
+    with pytest.raises(CertificateError, match="against the folded model"):
+        export_subject(subject, tmp_path / "task.onnx", split_inputs(model, IMAGE), base=files[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_runtime_refuses_is_a_finding(
+    files: tuple[Path, Path, AdapterFile], tmp_path: Path
+) -> None:
+    base, folded, file = files
+    model = onnx_files.load(folded)
+    find(model, "Relu").op_type = "NoSuchOperator"
+    onnx_files.save(model, tmp_path / "task.onnx")
+    certificate = certify(base, tmp_path / "task.onnx", adapter=file)
+    assert [check.name for check in certificate.failures] == ["structure", "runtime-structure"]
+
+
+def test_distance_sees_zeroed_swapped_and_odd_outputs() -> None:
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    assert distance([a, b], [a, b]) == 0
+    assert distance([torch.zeros(3, 4), b], [a, b]) == pytest.approx(1)
+    assert distance([b, a], [a, b]) > 0.1
+    assert distance([a], [a, b]) == float("inf")
+    assert distance([a[:2]], [a]) == float("inf")
+    odd = a.clone()
+    odd[0, 0] = float("nan")
+    assert distance([odd], [a]) == float("inf")
+    assert distance([odd], [odd]) == 0
+    assert distance([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == 0.5
+
+
+def test_ulps_counts_neighbouring_floats() -> None:
+    one = torch.ones(2)
+    above = torch.nextafter(one, one * 2)
+    assert ulps(one, one, one) == 0
+    assert ulps(above, one, one) == 1
+    assert ulps(one * float("nan"), one, one) == float("inf")
+    assert ulps(torch.zeros(2), one, one) > 1e6
+    # A small result of a large base may be off by the base's own rounding.
+    assert ulps(torch.tensor([1e-6]), torch.tensor([1.01e-6]), torch.tensor([1.0])) < 1
+
+
+def test_an_empty_certificate_proves_nothing() -> None:
+    empty = Certificate("a", "b", ())
+    assert not empty.ok
+    with pytest.raises(CertificateError, match="with checks"):
+        empty.raise_for_failure()
+    with pytest.raises(CertificateError, match="version 1"):
+        Certificate.from_json("{}")
+    failing = Certificate("a", "b", (Check("delta", ok=False, detail="x [y]", place="w"),))
+    assert "x [y]" in str(failing)
+    with pytest.raises(KeyError):
+        _ = failing["structure"]

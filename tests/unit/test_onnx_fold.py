@@ -1,0 +1,187 @@
+"""Folding an adapter file into a base file: bit-equal to a new export, streamed, refused where unknown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.adapter_file import AdapterFile
+from lora_fx.errors import BaseMismatchError, ExportError
+from lora_fx.passes import onnx_files
+from lora_fx.passes.certify import certify
+from lora_fx.passes.export_onnx import export_onnx, export_subject
+from lora_fx.passes.fold_onnx import fold_onnx
+from lora_fx.passes.onnx_diff import compare
+from lora_fx.passes.onnx_inputs import split_inputs
+from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY
+from lora_fx.plans import Plan
+from tests.unit.onnx_adapters import adapter, subject_with
+from tests.unit.onnx_models import Mixed, Tied, made
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+IDS = torch.arange(14).reshape(2, 7)
+
+
+@pytest.fixture(autouse=True)
+def weights_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models are written as large ones are: weights in a data file."""
+    monkeypatch.setattr(onnx_files, "INLINE_LIMIT", 0)
+    monkeypatch.setattr(onnx_files, "ALWAYS_INLINE", 64)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> nn.Module:
+    return made(Mixed)
+
+
+@pytest.fixture(scope="module")
+def mixed_adapter(mixed: nn.Module) -> AdapterFile:
+    names = ("conv.weight", "qkv.weight", "o.weight", "p.weight")
+    return adapter(mixed, names, full=("head.weight", "head.bias"), dora=("p.weight",))
+
+
+@pytest.fixture(scope="module")
+def mixed_base(mixed: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "INLINE_LIMIT", 0)
+        patch.setattr(onnx_files, "ALWAYS_INLINE", 64)
+        export_onnx(mixed, folder / "base.onnx", IMAGE)
+    return folder / "base.onnx"
+
+
+def same_weights(a: Path, b: Path) -> None:
+    comparison = compare(onnx_files.load(a), onnx_files.load(b))
+    assert comparison.difference is None
+    for ours, theirs in comparison.pairs:
+        assert ours.const_value.tobytes() == theirs.const_value.tobytes(), ours.name
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_bit_equal_to_exporting_the_folded_model(
+    mixed: nn.Module, mixed_adapter: AdapterFile, mixed_base: Path, standalone: bool
+) -> None:
+    out = mixed_base.parent / f"task{standalone}.onnx"
+    mixed_adapter.write(mixed_base.parent / "task.safetensors")
+    certificate = fold_onnx(mixed_base, mixed_base.parent / "task.safetensors", out, standalone=standalone)
+    assert certificate.ok
+    assert certificate["delta"].data["ulps"] == 0
+    assert certificate.folded == out.name
+    with subject_with(mixed, mixed_adapter).folded_state() as folded:
+        export_onnx(folded, mixed_base.parent / "full.onnx", IMAGE)
+    same_weights(out, mixed_base.parent / "full.onnx")
+    for file in ("full.onnx", out.name):
+        session = onnxruntime.InferenceSession(
+            str(mixed_base.parent / file), providers=["CPUExecutionProvider"]
+        )
+        (found,) = session.run(None, {"image": IMAGE.numpy()})
+        if file == "full.onnx":
+            expected = found
+    assert (found == expected).all()
+    metadata = onnx_files.load(out).metadata_props
+    assert Plan.from_json(metadata[PLAN_KEY]) == mixed_adapter.plan
+    assert (BASE_DATA_KEY in metadata) == (not standalone)
+
+
+def test_an_overlay_is_small_and_records_the_hash_of_its_base(
+    mixed_adapter: AdapterFile, mixed_base: Path, tmp_path: Path
+) -> None:
+    out = mixed_base.parent / "small.onnx"
+    fold_onnx(mixed_base, mixed_adapter, out)
+    metadata = onnx_files.load(out).metadata_props
+    (own,) = json.loads(metadata[DATA_KEY])
+    (base,) = json.loads(metadata[BASE_DATA_KEY])
+    data = mixed_base.parent / base["name"]
+    assert onnx_files.file_sha256(data) == base["sha256"]
+    assert own["size"] < base["size"]
+    assert (mixed_base.parent / own["name"]).stat().st_size == own["size"]
+    certificate = certify(mixed_base, out, adapter=mixed_adapter)
+    assert certificate.ok
+    assert certificate["base-data"].ok
+
+
+def test_an_overlay_over_changed_data_fails(
+    mixed_adapter: AdapterFile, mixed_base: Path, tmp_path: Path
+) -> None:
+    for file in mixed_base.parent.glob("base.onnx*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    base, out = tmp_path / "base.onnx", tmp_path / "task.onnx"
+    fold_onnx(base, mixed_adapter, out)
+    (data,) = tmp_path.glob("base.onnx.*.data")
+    content = bytearray(data.read_bytes())
+    content[-4:] = b"\0\0\x80?"
+    data.write_bytes(content)
+    certificate = certify(base, out, adapter=mixed_adapter)
+    assert not certificate["base-data"].ok
+    assert certificate["base-data"].place == data.name
+    data.write_bytes(content[:-4])
+    assert not certify(base, out, adapter=mixed_adapter)["base-data"].ok
+
+
+def test_overlay_in_a_folder_above_and_not_below(
+    mixed_adapter: AdapterFile, mixed_base: Path, tmp_path: Path
+) -> None:
+    above = mixed_base.parent.parent / "above.onnx"
+    assert fold_onnx(mixed_base, mixed_adapter, above).ok
+    onnxruntime.InferenceSession(str(above), providers=["CPUExecutionProvider"])
+    with pytest.raises(ExportError, match="standalone=True"):
+        fold_onnx(mixed_base, mixed_adapter, tmp_path / "aside.onnx")
+    assert not list(tmp_path.iterdir())
+    assert fold_onnx(mixed_base, mixed_adapter, tmp_path / "aside.onnx", standalone=True).ok
+
+
+def test_tied_weight_changes_in_both_places(tmp_path: Path) -> None:
+    model = made(Tied)
+    file = adapter(model, ("emb.weight", "up.weight"))
+    export_onnx(model, tmp_path / "base.onnx", IDS)
+    fold_onnx(tmp_path / "base.onnx", file, tmp_path / "task.onnx")
+    export_subject(subject_with(model, file), tmp_path / "full.onnx", split_inputs(model, IDS))
+    same_weights(tmp_path / "task.onnx", tmp_path / "full.onnx")
+
+
+def test_a_base_of_another_make_is_matched_by_fingerprints(tmp_path: Path) -> None:
+    model = made(Tied)
+    file = adapter(model, ("emb.weight", "up.weight"))
+    torch.onnx.export(model.eval(), (IDS,), tmp_path / "foreign.onnx", dynamo=True, verbose=False)
+    certificate = fold_onnx(tmp_path / "foreign.onnx", file, tmp_path / "task.onnx")
+    assert certificate.ok
+    assert any("fingerprints" in note for note in certificate.notes)
+    session = onnxruntime.InferenceSession(str(tmp_path / "task.onnx"), providers=["CPUExecutionProvider"])
+    with subject_with(model, file).folded_state() as folded, torch.no_grad():
+        expected = folded(IDS)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"ids": IDS.numpy()})[0]), expected)
+
+
+def test_another_base_is_refused(mixed_base: Path, tmp_path: Path) -> None:
+    other = adapter(made(Mixed, seed=9), ("conv.weight", "o.weight"))
+    with pytest.raises(BaseMismatchError, match="2 of 2 weights differ"):
+        fold_onnx(mixed_base, other, tmp_path / "task.onnx", standalone=True)
+    assert not list(tmp_path.iterdir())
+    assert fold_onnx(mixed_base, other, tmp_path / "task.onnx", standalone=True, base_check="shape").ok
+
+
+def test_what_cannot_be_patched_is_refused_by_name(
+    mixed: nn.Module, mixed_base: Path, tmp_path: Path
+) -> None:
+    file = adapter(mixed, ("o.weight",), full=("conv.bias",))
+    with pytest.raises(ExportError, match=r"conv\.bias"):
+        fold_onnx(mixed_base, file, tmp_path / "task.onnx", standalone=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_adapter_fails_the_certificate(
+    mixed: nn.Module, mixed_adapter: AdapterFile, mixed_base: Path
+) -> None:
+    out = mixed_base.parent / "other.onnx"
+    fold_onnx(mixed_base, mixed_adapter, out)
+    other = adapter(mixed, tuple(mixed_adapter.fingerprints), full=("head.weight", "head.bias"), seed=8)
+    certificate = certify(mixed_base, out, adapter=other)
+    assert [check.name for check in certificate.failures] == ["delta"]
+    fewer = adapter(mixed, ("qkv.weight",))
+    names = [check.name for check in certify(mixed_base, out, adapter=fewer).failures]
+    assert "untouched" in names
