@@ -29,10 +29,13 @@ from lora_fx.files import atomic_write
 from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
 from lora_fx.kinds.base import LivePart
 from lora_fx.kinds.effective import effective_weight
+from lora_fx.matrix import row_count
 from lora_fx.plans import Decision, Plan
 
 FORMAT = "lora_fx"
 FORMAT_VERSION = 1
+FROZEN_STARTS = ("orthogonal", "pissa", "olora")
+"""Initialisations whose first product is not zero, so that a frozen copy of it is taken off."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,28 @@ class AdapterFile:
         except (KeyError, TypeError, ValueError) as error:
             raise _bad(path, f"a damaged header ({error})", "Save the adapter again.") from error
         found = cls(plan, fingerprints, tensors)
-        missing = [key for key in found.expected() if key not in tensors]
+        missing = [key for key in found.expected_shapes() if key not in tensors]
         if missing:
             raise _bad(path, f"no tensor {missing[0]!r}", "Save the adapter again.")
         return found
 
-    def expected(self) -> tuple[str, ...]:
-        """Return the names of the tensors that the plan asks for."""
-        names: list[str] = []
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor that the plan asks for."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for decision in self.plan.adapted:
+            form = decision.site.form
+            lead = () if form.experts is None else (form.experts,)
             for part in decision.parts:
-                names += [tensor_key(decision.name, part.role, "A"), tensor_key(decision.name, part.role, "B")]
+                a = (*lead, part.rank, form.in_features)
+                b = (*lead, row_count(part.rows, form), part.rank)
+                starts = ("", "_start") if decision.init in FROZEN_STARTS else ("",)
+                for start in starts:
+                    shapes[tensor_key(decision.name, part.role, "A" + start)] = a
+                    shapes[tensor_key(decision.name, part.role, "B" + start)] = b
             if decision.dora:
-                names.append(tensor_key(decision.name, None, "magnitude"))
-        full = [d.name for d in self.plan.trained] + [e.name for e in self.plan.extras]
-        return (*names, *(tensor_key(name, None, "full") for name in full))
+                shapes[tensor_key(decision.name, None, "magnitude")] = (*lead, form.out_features)
+        full = {d.name: d.site.shape for d in self.plan.trained} | {e.name: e.shape for e in self.plan.extras}
+        return shapes | {tensor_key(name, None, "full"): shape for name, shape in full.items()}
 
     def check_base(self, weights: Mapping[str, Tensor], check: BaseCheck = "exact") -> None:
         """Refuse another base.

@@ -65,6 +65,23 @@ def owners(model: nn.Module) -> Owners:
     return {name: tuple(held[key]) for name, key in names.items()}
 
 
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return every base parameter by every qualified name, adapters left out."""
+    added = {
+        (id(module), name)
+        for module in model.modules()
+        if (held := binding(module)) is not None
+        for specs in held.sites.values()
+        for spec in specs.values()
+        for name in spec.names
+    }
+    return {
+        name: raw(held[0].module, held[0].attribute)
+        for name, held in owners(model).items()
+        if not any((id(o.module), o.attribute) in added for o in held)
+    }
+
+
 def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) -> None:
     """Rewrite the model, in place, so that it trains the plan's adapters under this name.
 

@@ -93,7 +93,7 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     with torch.enable_grad():
         outputs = float_leaves(run())
         live = [o for o in outputs if o.requires_grad]
-        total = sum((o * _weights_like(o)).sum() for o in live) if live else None
+        total = sum((o * uneven(o)).sum() for o in live) if live else None
     if not isinstance(total, Tensor):
         return [o.detach() for o in outputs], list(parameters)
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
@@ -111,7 +111,7 @@ def _sensitive(module: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
     return [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
 
 
-def _weights_like(output: Tensor) -> Tensor:
+def uneven(output: Tensor) -> Tensor:
     """Uneven weights, so that no symmetry (a softmax's rows sum to one) hides a gradient."""
     steps = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
     return torch.cos(steps * 0.7 + 0.3).reshape(output.shape).to(output.dtype)

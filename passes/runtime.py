@@ -19,6 +19,7 @@ from lora_fx.matrix import MatrixForm, Rows
 if TYPE_CHECKING:
     from torch import fx
 
+    from lora_fx.fingerprints import Fingerprint
     from lora_fx.plans import Plan
 
 BINDING = "_lora_fx_binding"
@@ -105,7 +106,9 @@ class Injected:
     plans: dict[str, Plan] = field(default_factory=dict[str, "Plan"])
     trainable: dict[str, bool] = field(default_factory=dict[str, bool])
     flags: dict[str, bool] = field(default_factory=dict[str, bool])
-    fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
+    fingerprints: dict[str, tuple[Any, Fingerprint]] = field(
+        default_factory=dict[str, "tuple[Any, Fingerprint]"]
+    )
     graph: fx.Graph | None = None
     probe: str = "not probed"
 

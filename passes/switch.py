@@ -57,6 +57,21 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
     return record, name
 
 
+def trained_parameters(
+    model: nn.Module, adapter: str
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return what an adapter trains, each Parameter once: (all but B, the B matrices)."""
+    slow: dict[int, nn.Parameter] = {}
+    fast: dict[int, nn.Parameter] = {}
+    for _, module, _, spec in adapter_sites(model, adapter):
+        second = {part.b for part in spec.parts}
+        for name in trained_names(spec):
+            parameter = raw(module, name)
+            if isinstance(parameter, nn.Parameter):
+                (fast if name in second else slow)[id(parameter)] = parameter
+    return list(slow.values()), list(fast.values())
+
+
 def apply_trainability(model: nn.Module, record: Injected) -> None:
     """Freeze the base; let the active adapter's Parameters be trained, if it is trainable."""
     free: set[int] = set()

@@ -1,0 +1,303 @@
+"""The public functions: thin, each calls the passes in order and nothing else."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lora_fx.adapter_file import AdapterFile
+from lora_fx.errors import PolicyError
+from lora_fx.fingerprints import BaseCheck, dtype_name
+from lora_fx.passes import adapter_io, insert as insert_pass, remove, switch
+from lora_fx.passes import fold as fold_pass
+from lora_fx.passes import verify as verify_pass
+from lora_fx.passes.examples import has_examples
+from lora_fx.passes.match import match
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.probe import probe
+from lora_fx.passes.roles import assign_roles
+from lora_fx.passes.runtime import injected
+from lora_fx.passes.trace import Trace
+from lora_fx.passes.trace import trace as record
+from lora_fx.passes.tree import sites_from_modules
+from lora_fx.passes.wrapped import refuse_wrapped
+from lora_fx.planning import make_plan
+from lora_fx.plans import Plan
+from lora_fx.policy import Policy
+from lora_fx.reports import Report
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Model = nn.Module | Trace
+"""What the public functions take: a module, or a trace of one."""
+
+
+def trace(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Trace:
+    """Record one run of the model as an fx.Graph; the model is left exactly as it was.
+
+    ``example_inputs`` is a tensor, a tuple of positional arguments, a mapping of keyword arguments, or
+    ``(args, kwargs)``; without it, the model's own ``example_input_array`` or ``dummy_inputs``.
+
+    Raises:
+        InputError: the model does not run on these inputs, or there are none.
+    """
+    return record(_module(model), example_inputs)
+
+
+def plan(model_or_trace: Model | ExportedProgram, policy: Policy, example_inputs: Any = None) -> Plan:
+    """Decide what inject would do, for every weight, and change nothing.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+        PolicyError: a rule matches nothing, or needs a trace where there are no example inputs.
+    """
+    return _plan(_source(model_or_trace), policy, example_inputs)[0]
+
+
+def inject(
+    model_or_trace: Model | ExportedProgram,
+    policy_or_plan: Policy | Plan,
+    example_inputs: Any = None,
+    *,
+    adapter: str = "default",
+    seed: int | None = None,
+    verify: bool = False,
+) -> nn.Module:
+    """Rewrite the model, in place, so that it trains low-rank adapters; return the same object.
+
+    ``W = W0 + scale * B A`` everywhere the weight is used; at the start the model computes bit for bit
+    what it did. Only adapters (and what ``Train`` and ``bias`` name) receive gradients. Where there
+    are example inputs, every adapter is probed: it must act exactly as its delta on the weight would.
+    ``seed`` fixes the adapters' first values; ``verify`` runs ``lora_fx.verify`` as well.
+
+    Raises:
+        InputError, PolicyError: as ``plan``.
+        PlanError: the plan does not fit the model.
+        AdapterNameError: there is an adapter of this name.
+        WrappedModelError: the model is already wrapped for DDP, FSDP or tensor parallelism.
+        ProbeError: an adapter has no effect, or another than its delta. The model is left as it was.
+    """
+    source = _source(model_or_trace)
+    model = _module(source)
+    refuse_wrapped(model)
+    insert_pass.check_name(adapter, injected(model))
+    if isinstance(policy_or_plan, Plan):
+        decided, traced = policy_or_plan, _trace_of(source, example_inputs)
+    else:
+        decided, traced = _plan(source, policy_or_plan, example_inputs)
+    insert_pass.insert(model, decided, adapter, seed)
+    try:
+        _probe(model, adapter, traced)
+        if verify and traced is not None:
+            verify_pass.verify(model, (traced.args, dict(traced.kwargs)), adapter).raise_for_failure()
+    except BaseException:
+        remove.remove(model, adapter)
+        raise
+    return model
+
+
+def unload(model: nn.Module, adapter: str | None = None) -> nn.Module:
+    """Take one adapter out of the model, or all of them; then every bit, class, flag and mode is back.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    return remove.unload(model, adapter)
+
+
+def parameters(
+    model: nn.Module, adapter: str | None = None, *, lr_ratio: float | None = None, lr: float = 1e-4
+) -> list[Any]:
+    """Return what an adapter trains (None: the active one), for an optimiser.
+
+    With ``lr_ratio`` as two parameter groups, B learning ``lr_ratio`` times as fast as the rest (LoRA+,
+    Hayou et al. 2024).
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    _, name = switch.require(model, adapter)
+    slow, fast = switch.trained_parameters(model, name)
+    if lr_ratio is None:
+        return [*slow, *fast]
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
+
+
+def set_adapter(model: nn.Module, adapter: str) -> None:
+    """Make one adapter active; it alone is computed and trained.
+
+    Raises:
+        AdapterNameError: the model has no adapter of this name.
+    """
+    switch.set_adapter(model, adapter)
+
+
+def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Inside the context, the model computes what the base computes.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+    """
+    return switch.disable_adapter(model)
+
+
+def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> None:
+    """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    adapter_io.collect(model, adapter).write(path)
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapter: str = "default",
+    trainable: bool = False,
+    base_check: BaseCheck = "exact",
+) -> nn.Module:
+    """Read an adapter file into the model, injecting the file's own plan first.
+
+    ``base_check`` says what makes the base the right one: every bit, the values at the stored dtype
+    (trained in bf16, folded in float32), or the shapes alone.
+
+    Raises:
+        AdapterFileError: the file is damaged, no adapter, or of another version.
+        BaseMismatchError: the adapter was trained on another base.
+        AdapterNameError: the model has an adapter of this name.
+        PlanError: the file's plan does not fit the model.
+    """
+    file = AdapterFile.read(path)
+    refuse_wrapped(model)
+    insert_pass.check_name(adapter, injected(model))
+    file.check_base(insert_pass.base_weights(model), base_check)
+    adapter_io.install(model, file, adapter, trainable=trainable)
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Put ``W`` in the base's place for good (peft: merge_and_unload); return the same object.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+        AdapterValueError: the adapter holds NaN or infinity; the model is left as it was.
+    """
+    return fold_pass.fold(model)
+
+
+def folded(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Inside the context, the model is the base model with ``W``; bitwise restored afterwards.
+
+    Raises:
+        AdapterNameError: the model has no adapters.
+        AdapterValueError: the adapter holds NaN or infinity.
+    """
+    return fold_pass.folded(model)
+
+
+def _module(source: Any) -> nn.Module:
+    if isinstance(source, Trace):
+        return source.model
+    if isinstance(source, nn.Module):
+        return source
+    if hasattr(source, "module") and hasattr(source, "graph_signature"):
+        module: nn.Module = source.module()
+        return module
+    raise PolicyError(
+        "the model",
+        expected="an nn.Module, a Trace, a GraphModule or an ExportedProgram",
+        got=type(source).__name__,
+        advice="Pass the model itself.",
+    )
+
+
+def _source(given: Any) -> Model:
+    """Resolve what the user gave, once: an ExportedProgram makes a new module at each asking."""
+    return given if isinstance(given, Trace) else _module(given)
+
+
+def _trace_of(source: Model, example_inputs: Any) -> Trace | None:
+    """Return a trace of the *base*, or None where there are no example inputs."""
+    model = _module(source)
+    if isinstance(source, Trace):
+        if example_inputs is None and not _shows_adapters(source):
+            return source
+        example_inputs = example_inputs if example_inputs is not None else (source.args, dict(source.kwargs))
+    elif example_inputs is None and not has_examples(model):
+        return None
+    with fold_pass.base_only(model):
+        return record(model, example_inputs)
+
+
+def _shows_adapters(source: Trace) -> bool:
+    """Say whether a trace was made of an injected model: then its graph is not the base's."""
+    base = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
+    with fold_pass.base_only(source.model):
+        base &= {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
+    read = {n.meta["parameter"] for n in source.graph.nodes if n.meta.get("parameter") is not None}
+    return not read <= base
+
+
+def _plan(
+    source: Model, policy: Policy, example_inputs: Any
+) -> tuple[Plan, Trace | None]:
+    model = _module(source)
+    traced = _trace_of(source, example_inputs)
+    with fold_pass.base_only(model):
+        if traced is None:
+            sites = sites_from_modules(model)
+        else:
+            sites = assign_roles(traced, match(traced))
+        held = {
+            name: (tuple(p.shape), dtype_name(p)) for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        total = sum(p.numel() for p in model.parameters())
+        classes = {path: type(m).__name__ for path, m in model.named_modules()}
+    decided = make_plan(
+        sites,
+        policy,
+        traced=traced is not None,
+        model=type(model).__name__,
+        examples=None if traced is None else traced.examples,
+        parameters=held,
+        base_parameters=total,
+        owners=classes,
+    )
+    return decided, traced
+
+
+def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
+    """Probe the adapter where the model can be run; note in its record how it went."""
+    known = switch.record_of(model)
+    if traced is None:
+        known.probe = "not probed: there were no example inputs"
+    elif any(p.device.type == "meta" for p in model.parameters()):
+        known.probe = "not probed: the model is on the meta device"
+    else:
+
+        def run() -> Any:
+            with preserved(model):
+                return model(*traced.args, **traced.kwargs)
+
+        result = probe(model, adapter, run)
+        known.probe = f"probed: largest relative difference {result.difference:.1e}"
+
+
+def verify(model: nn.Module, example_inputs: Any, *, adapter: str | None = None) -> Report:
+    """Check the invariant on this model: injected against folded, outputs and gradients.
+
+    Fills the adapter with random values, compares on the example inputs, on other values and on another
+    batch size, in train and in eval, names the weights that disagree, and puts everything back.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+        InputError: the example inputs cannot be read.
+    """
+    args, kwargs, _ = read_examples(model, example_inputs)
+    return verify_pass.verify(model, (args, dict(kwargs)), adapter)

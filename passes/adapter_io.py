@@ -1,0 +1,97 @@
+"""Between a model and an adapter file: collect an adapter's tensors, or put them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapter_file import AdapterFile, tensor_key
+from lora_fx.errors import AdapterFileError
+from lora_fx.fingerprints import Fingerprint, fingerprint
+from lora_fx.passes.insert import Owners, insert, owners
+from lora_fx.passes.runtime import Binding, Injected, binding, raw
+from lora_fx.passes.switch import apply_trainability, record_of, require
+from lora_fx.plans import Plan
+
+
+def collect(model: nn.Module, adapter: str) -> AdapterFile:
+    """Return an adapter of the model as it would lie in a file.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    record, name = require(model, adapter)
+    plan = record.plans[name]
+    holders = owners(model)
+    tensors = {key: tensor.detach() for key, tensor in _tensors(plan, name, holders)}
+    changed = [d.name for d in (*plan.adapted, *plan.trained)] + [e.name for e in plan.extras]
+    prints = {weight: _fingerprint(record, weight, holders) for weight in changed}
+    return AdapterFile(plan, prints, tensors)
+
+
+def _tensors(plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in the file, Parameter) of everything that an adapter holds."""
+    for decision in plan.adapted:
+        owner = holders[decision.name][0]
+        spec = _binding(owner.module).sites[owner.attribute][adapter]
+        for part, names in zip(decision.parts, spec.parts, strict=True):
+            fields = {"A": names.a, "B": names.b, "A_start": names.start_a, "B_start": names.start_b}
+            for key, parameter in fields.items():
+                if parameter is not None:
+                    yield tensor_key(decision.name, part.role, key), raw(owner.module, parameter)
+        if spec.magnitude is not None:
+            yield tensor_key(decision.name, None, "magnitude"), raw(owner.module, spec.magnitude)
+    for name in [d.name for d in plan.trained] + [e.name for e in plan.extras]:
+        owner = holders[name][0]
+        full = _binding(owner.module).sites[owner.attribute][adapter].full
+        if full is not None:
+            yield tensor_key(name, None, "full"), raw(owner.module, full)
+
+
+def _binding(module: nn.Module) -> Binding:
+    held = binding(module)
+    if held is None:
+        raise RuntimeError(f"{type(module).__name__} lost its adapters")
+    return held
+
+
+def _fingerprint(record: Injected, name: str, holders: Owners) -> Fingerprint:
+    """Return the fingerprint of a base weight, computed anew only where the weight was written to."""
+    owner = holders[name][0]
+    weight = raw(owner.module, owner.attribute)
+    stamp = (id(weight), weight._version, weight.device)  # noqa: SLF001
+    known = record.fingerprints.get(name)
+    if known is None or known[0] != stamp:
+        known = (stamp, fingerprint(weight))
+        record.fingerprints[name] = known
+    return known[1]
+
+
+def install(model: nn.Module, file: AdapterFile, adapter: str, *, trainable: bool) -> None:
+    """Inject the file's plan under this name and fill it with the file's tensors.
+
+    Raises:
+        AdapterNameError: the name is taken.
+        PlanError: the plan does not fit the model.
+        AdapterFileError: a tensor has another shape than the plan says; the model is left as it was.
+    """
+    holders = owners(model)
+    _check_shapes(file)
+    insert(model, file.plan, adapter, seed=0)
+    with torch.no_grad():
+        for key, parameter in _tensors(file.plan, adapter, holders):
+            parameter.copy_(file.tensors[key])
+    record = record_of(model)
+    record.trainable[adapter] = trainable
+    apply_trainability(model, record)
+
+
+def _check_shapes(file: AdapterFile) -> None:
+    for key, shape in file.expected_shapes().items():
+        found = tuple(file.tensors[key].shape)
+        if found != shape:
+            raise AdapterFileError(
+                key, expected=f"shape {shape}", got=f"{found}", advice="The file is damaged: save it again."
+            )

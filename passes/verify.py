@@ -1,0 +1,203 @@
+"""Verify: the invariant, checked on this model.
+
+The injected model, with random adapters, against the same model with its weights replaced: outputs,
+and gradients with respect to the adapters, on the example inputs, on other values and on another
+batch size, in train and in eval. Everything is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.passes.fold import folded
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.probe import float_leaves, held_active, random_adapters, uneven
+from lora_fx.passes.runtime import effective, raw
+from lora_fx.passes.switch import adapter_sites, require, trained_names
+from lora_fx.reports import Comparison, Report
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest allowed |injected - folded| / |folded| by norm, by the dtype of the output."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run gave: its float outputs, and the gradient of each weight's adapter."""
+
+    outputs: list[Tensor]
+    gradients: Mapping[str, Tensor | None]
+
+
+def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Report:
+    """Compare the injected model with itself folded, with random adapters; put everything back.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+    """
+    _, name = require(model, adapter)
+    comparisons: list[Comparison] = []
+    notes: list[str] = []
+    with held_active(model, name), preserved(model), random_adapters(model, name):
+        for mode in (False, True):
+            for case, values in _cases(inputs):
+                label = f"{'train' if mode else 'eval'}, {case}"
+                model.train(mode)
+                found, problem = _compare(model, name, values, label)
+                comparisons += found
+                if problem:
+                    notes.append(problem)
+    return Report(tuple(comparisons), tuple(notes))
+
+
+def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    yield "example inputs", inputs
+    yield "other values", _map(inputs, _other_values)
+    batch = _batch_size(inputs)
+    if batch is not None:
+        yield f"batch of {batch + 1}", _map(inputs, lambda t: _one_more(t, batch))
+
+
+def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    leaves, spec = pytree.tree_flatten(inputs)
+    return pytree.tree_unflatten([change(v) if isinstance(v, Tensor) else v for v in leaves], spec)
+
+
+def _other_values(tensor: Tensor) -> Tensor:
+    """Other numbers of the same range: the same numbers in another order, floats moved a little."""
+    moved = tensor.roll(1, dims=-1) if tensor.dim() else tensor
+    return moved * 0.9 if tensor.is_floating_point() else moved
+
+
+def _batch_size(inputs: Inputs) -> int | None:
+    sizes = {t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() > 1}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _one_more(tensor: Tensor, batch: int) -> Tensor:
+    if tensor.dim() < 1 or tensor.shape[0] != batch:
+        return tensor
+    return torch.cat([tensor, tensor[:1]])
+
+
+def _compare(
+    model: nn.Module, adapter: str, inputs: Inputs, case: str
+) -> tuple[list[Comparison], str | None]:
+    try:
+        with folded(model, adapter):
+            wanted = _reference_run(model, inputs)
+    except Exception as error:  # noqa: BLE001 - whatever the base itself refuses is no finding about adapters
+        return [], f"{case}: the base itself does not run ({type(error).__name__}: {error})"
+    found = _injected_run(model, adapter, inputs)
+    comparisons = [_outputs(found.outputs, wanted.outputs, case)]
+    weights = dict(_effective_weights(model, adapter))
+    for name, (weight, parameters) in weights.items():
+        slope = wanted.gradients.get(name)
+        if slope is None:
+            continue
+        expected = torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
+        got = [found.gradients.get(f"{name}/{i}") for i in range(len(parameters))]
+        comparisons.append(_gradients(name, got, list(expected), case))
+    return comparisons, None
+
+
+def _reference_run(model: nn.Module, inputs: Inputs) -> _Run:
+    """Run the folded model; its gradients are with respect to the weights themselves."""
+    weights = {
+        name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()
+    }
+    distinct = list({id(p): p for p in weights.values()}.values())
+    return _run(model, inputs, weights, distinct)
+
+
+def _injected_run(model: nn.Module, adapter: str, inputs: Inputs) -> _Run:
+    named: dict[str, nn.Parameter] = {}
+    for name, (_, parameters) in _effective_weights(model, adapter):
+        named.update({f"{name}/{i}": p for i, p in enumerate(parameters)})
+    distinct = list({id(p): p for p in named.values()}.values())
+    return _run(model, inputs, named, distinct)
+
+
+def _run(
+    model: nn.Module, inputs: Inputs, named: Mapping[str, nn.Parameter], distinct: list[nn.Parameter]
+) -> _Run:
+    with preserved(model), torch.enable_grad(), _trainable(distinct):
+        outputs = float_leaves(model(*inputs[0], **inputs[1]))
+        live = [o for o in outputs if o.requires_grad]
+        gradients: dict[int, Tensor | None] = {}
+        if live:
+            total = torch.stack([(o * uneven(o)).sum().double() for o in live]).sum()
+            slopes = torch.autograd.grad(total, distinct, allow_unused=True)
+            gradients = {id(p): g for p, g in zip(distinct, slopes, strict=True)}
+    return _Run([o.detach() for o in outputs], {n: gradients.get(id(p)) for n, p in named.items()})
+
+
+@contextmanager
+def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    flags = [p.requires_grad for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _effective_weights(
+    model: nn.Module, adapter: str
+) -> Iterator[tuple[str, tuple[Tensor, list[nn.Parameter]]]]:
+    """Yield (first name, (W with its graph, the adapter's trained Parameters)) of every base weight."""
+    seen: set[int] = set()
+    for path, module, attribute, spec in adapter_sites(model, adapter):
+        base = raw(module, attribute)
+        if id(base) in seen:
+            continue
+        seen.add(id(base))
+        parameters = [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
+        with torch.enable_grad(), _trainable(parameters):
+            weight = effective(module, attribute, spec)
+        yield (f"{path}.{attribute}" if path else attribute), (weight, parameters)
+
+
+def _outputs(found: list[Tensor], wanted: list[Tensor], case: str) -> Comparison:
+    worst = Comparison(case, "outputs", 0.0, TOLERANCES[torch.float32])
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return Comparison(case, "outputs", float("inf"), worst.tolerance)
+    for got, expected in zip(found, wanted, strict=True):
+        tolerance = TOLERANCES.get(expected.dtype, TOLERANCES[torch.float32])
+        one = Comparison(case, "outputs", relative(got, expected), tolerance)
+        if not one.difference / tolerance <= worst.difference / worst.tolerance:
+            worst = one
+    return worst
+
+
+def _gradients(name: str, found: list[Tensor | None], wanted: list[Tensor | None], case: str) -> Comparison:
+    """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may."""
+    pairs = [(g, w) for g, w in zip(found, wanted, strict=True) if g is not None or w is not None]
+    dtype = next((t.dtype for pair in pairs for t in pair if t is not None), torch.float32)
+    left = [torch.zeros_like(w) if g is None and w is not None else g for g, w in pairs]
+    right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
+    got = torch.cat([t.flatten() for t in left if t is not None])
+    expected = torch.cat([t.flatten() for t in right if t is not None])
+    return Comparison(case, name, relative(got, expected), 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Return |found - wanted| / |wanted| by norm; where both are infinite or NaN alike they agree."""
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return float("inf")
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    wide = torch.promote_types(wanted.dtype, torch.float64)
+    gap = torch.where(same, 0.0, found.to(wide) - wanted.to(wide)).norm()
+    size = torch.where(wanted.isfinite(), wanted.to(wide), 0.0).norm()
+    if float(gap) == 0.0:
+        return 0.0
+    return float(gap / size) if float(size) > 0 else float("inf")
