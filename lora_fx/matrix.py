@@ -43,6 +43,11 @@ class MatrixForm:
             raise ValueError(f"not a partition of the axes: {self}")
 
     @property
+    def transposed(self) -> MatrixForm:
+        """The same weight with rows and columns exchanged."""
+        return MatrixForm(self.shape, self.view, out=self.inp, inp=self.out, batch=self.batch)
+
+    @property
     def experts(self) -> int | None:
         """The number of stacked matrices, or None where the weight is one matrix."""
         return math.prod(self.view[a] for a in self.batch) if self.batch else None

@@ -6,7 +6,7 @@ import copy
 
 from torch import fx
 
-from lora_fx.passes.runtime import Injected, binding
+from lora_fx.passes.runtime import Injected, binding, branchable
 from lora_fx.passes.stock_forward import rewrite
 
 
@@ -20,11 +20,10 @@ def rewrite_graph(model: fx.GraphModule, record: Injected) -> None:
     else:
         model.graph = copy.deepcopy(record.graph)
     adapted = {
-        f"{path}.{name}" if path else name
+        f"{path}.{name}" if path else name: how
         for path, module in model.named_modules(remove_duplicate=False)
         if (held := binding(module)) is not None
-        for name, specs in held.sites.items()
-        if any(spec.low_rank for spec in specs.values())
+        for name, how in branchable(held).items()
     }
     rewrite(model.graph, adapted)
     model.recompile()

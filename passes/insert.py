@@ -29,6 +29,7 @@ from lora_fx.passes.runtime import (
     PartSpec,
     SiteSpec,
     binding,
+    branchable,
     injected,
     raw,
 )
@@ -261,10 +262,10 @@ def _spec(decision: Decision | None, names: Mapping[str, str]) -> SiteSpec:
 def choose_branches(module: nn.Module) -> None:
     """Note which of the module's adapted weights its stock forward can compute as branches."""
     held: Binding = module.__dict__[BINDING]
-    low_rank = {name for name, specs in held.sites.items() if any(s.low_rank for s in specs.values())}
+    held.branched = {}
+    forms = branchable(held)
     homes = tuple(home for kind in KINDS for home in kind.homes)
-    cls = stock_class(module, homes)
-    if cls is None or not low_rank or held.frozen_norm:
-        held.branched = frozenset()
+    if not forms or held.frozen_norm or stock_class(module, homes) is None:
         return
-    held.branched = rewrite(trace_stock(module, held.base_class), low_rank)
+    done = rewrite(trace_stock(module, held.base_class), forms)
+    held.branched = {name: how for name, how in forms.items() if name in done}

@@ -40,7 +40,7 @@ def remove(model: nn.Module, adapter: str) -> None:
         if last:
             held.frozen_norm = False
         held.sites = {name: specs for name, specs in held.sites.items() if specs}
-        held.branched = held.branched & frozenset(held.sites)
+        held.branched = {name: how for name, how in held.branched.items() if name in held.sites}
         detach(module)
         if held.sites or held.frozen_norm:
             attach(module)

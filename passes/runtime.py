@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.effective import effective_weight
+from lora_fx.passes.stock_forward import Branched
 from lora_fx.matrix import MatrixForm, Rows
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Binding:
     state: AdapterState
     base_class: type[nn.Module]
     sites: dict[str, dict[str, SiteSpec]] = field(default_factory=dict[str, "dict[str, SiteSpec]"])
-    branched: frozenset[str] = frozenset()
+    branched: dict[str, Branched] = field(default_factory=dict[str, Branched])
     frozen_norm: bool = False
     rebound: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -121,6 +122,21 @@ def injected(model: nn.Module) -> Injected | None:
 def binding(module: nn.Module) -> Binding | None:
     """Return what an adapted module keeps, or None for a plain one."""
     return module.__dict__.get(BINDING)
+
+
+def branchable(held: Binding) -> dict[str, Branched]:
+    """Return the module's weights that branches may compute, with the one form they are adapted in.
+
+    Adapters of one weight in different forms, or with rows in a form that a use sees transposed, are
+    left to the property, which serves every form.
+    """
+    found: dict[str, Branched] = {}
+    for name, specs in held.sites.items():
+        forms = {spec.form for spec in specs.values() if spec.low_rank and spec.form is not None}
+        if len(forms) == 1:
+            rows = any(part.rows is not None for spec in specs.values() for part in spec.parts)
+            found[name] = Branched(forms.pop(), rows)
+    return found
 
 
 def raw(module: nn.Module, name: str) -> Tensor:

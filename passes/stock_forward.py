@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -18,11 +19,21 @@ from torch import fx, nn
 from lora_fx.kinds import BY_OP
 from lora_fx.kinds.base import Branch
 from lora_fx.kinds.names import canonical_op
+from lora_fx.matrix import MatrixForm
 
 W0_SUFFIX = "__W0"
 LORA_SUFFIX = "__lora"
+TRANSPOSED_SUFFIX = "__lora_t"
 
 _serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Branched:
+    """How a weight is adapted, as far as a branch must know: its form, and whether by rows."""
+
+    form: MatrixForm
+    rows: bool = False
 
 
 class _StockTracer(fx.Tracer):
@@ -45,23 +56,22 @@ def trace_stock(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
         module.__class__ = held
 
 
-def rewrite(graph: fx.Graph, weights: Iterable[str]) -> frozenset[str]:
+def rewrite(graph: fx.Graph, weights: Mapping[str, Branched]) -> frozenset[str]:
     """Replace, in place, the calls that multiply with these weights; return the weights rewritten.
 
-    ``weights`` are attribute paths as ``get_attr`` targets have them. A weight with a use that no
-    kind has a branch for keeps reading the property at that use.
+    ``weights`` maps attribute paths, as ``get_attr`` targets have them, to the forms that they are
+    adapted in. A weight with a use that no kind has a branch for keeps reading the property there.
     """
-    wanted = set(weights)
     done: set[str] = set()
     for node in list(graph.nodes):
         branch = branch_for(node)
-        if branch is None:
+        read = None if branch is None else _weight_of(node)
+        if branch is None or read is None or read.target not in weights:
             continue
-        read = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target in wanted), None)
-        # The weight must be the operand itself and stand in one place.
-        if read is None or not _is_weight(node, read):
+        suffix = _parts_suffix(node, weights[str(read.target)])
+        if suffix is None:
             continue
-        _replace(graph, node, read, branch)
+        _replace(graph, node, read, branch, suffix)
         done.add(str(read.target))
         if not read.users:
             graph.erase_node(read)
@@ -77,18 +87,30 @@ def branch_for(node: fx.Node) -> Branch | None:
     return None if kind is None else kind.branches.get(op)
 
 
-def _is_weight(node: fx.Node, read: fx.Node) -> bool:
-    kind = BY_OP[canonical_op(node.target)]
-    position = kind.branch_weight.get(canonical_op(node.target), 1)
+def _weight_of(node: fx.Node) -> fx.Node | None:
+    """Return the read that stands, itself and once, in the weight's place of a call."""
+    op = canonical_op(node.target)
+    position = BY_OP[op].branch_weight.get(op, 1)
     weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
-    return weight is read and node.all_input_nodes.count(read) == 1
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return weight if node.all_input_nodes.count(weight) == 1 else None
 
 
-def _replace(graph: fx.Graph, node: fx.Node, read: fx.Node, branch: Branch) -> None:
+def _parts_suffix(node: fx.Node, adapted: Branched) -> str | None:
+    """Say which parts the branch wants: as they are, transposed, or (None) in no form that there is."""
+    op = canonical_op(node.target)
+    wanted = BY_OP[op].branch_form(op, adapted.form.shape)
+    if adapted.form == wanted:
+        return LORA_SUFFIX
+    return TRANSPOSED_SUFFIX if adapted.form == wanted.transposed and not adapted.rows else None
+
+
+def _replace(graph: fx.Graph, node: fx.Node, read: fx.Node, branch: Branch, suffix: str) -> None:
     with graph.inserting_before(node):
         # The property is not an attribute that fx can check: create the node without its warning.
         base = graph.create_node("get_attr", f"{read.target}{W0_SUFFIX}")
-        parts = graph.create_node("get_attr", f"{read.target}{LORA_SUFFIX}")
+        parts = graph.create_node("get_attr", f"{read.target}{suffix}")
         args = tuple(base if a is read else a for a in node.args)
         kwargs = {k: base if v is read else v for k, v in node.kwargs.items()}
         new = graph.call_function(branch, args, {**kwargs, "lora": parts})

@@ -4,7 +4,7 @@ For every adapted weight ``name`` of the module, the subclass of the module's *o
 
     name        ->  W   (a property; ``_parameters[name]`` keeps W0, so the state_dict is unchanged)
     name__W0    ->  what a branch starts from, raw
-    name__lora  ->  the active adapter's parts
+    name__lora  ->  the active adapter's parts (name__lora_t: for the transposed weight)
 
 and, where the module's forward is stock, a ``forward`` that computes the branch. The subclass keeps
 ``__module__`` and ``__qualname__`` (tracers ask them whether a module is torch's own).
@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.kinds.base import LiveParts
+from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes.runtime import BINDING, Binding, binding, branch_base, current_weight, live_parts
 from lora_fx.passes.stock_forward import (
     LORA_SUFFIX,
+    TRANSPOSED_SUFFIX,
     W0_SUFFIX,
     compile_forward,
     rewrite,
@@ -65,7 +66,7 @@ def _forward(module: nn.Module, held: Binding) -> Callable[..., Any] | None:
         return _frozen_norm_forward(held.base_class)
     if not held.branched:
         return None
-    key = ("forward", held.base_class, held.branched, _constants(module))
+    key = ("forward", held.base_class, frozenset(held.branched.items()), _constants(module))
     if key not in _forwards:
         graph = trace_stock(module, held.base_class)
         rewrite(graph, held.branched)
@@ -119,6 +120,7 @@ def _subclass(
             body[name] = property(_weight_getter(name))
             body[name + W0_SUFFIX] = property(_base_getter(name))
             body[name + LORA_SUFFIX] = property(_parts_getter(name))
+            body[name + TRANSPOSED_SUFFIX] = property(_transposed_parts_getter(name))
         if forward is not None:
             body["forward"] = forward
         if names and forward is not None:
@@ -148,6 +150,13 @@ def _base_getter(name: str) -> Callable[[nn.Module], Tensor]:
 def _parts_getter(name: str) -> Callable[[nn.Module], LiveParts]:
     def get(self: nn.Module) -> LiveParts:
         return live_parts(self, name)
+
+    return get
+
+
+def _transposed_parts_getter(name: str) -> Callable[[nn.Module], LiveParts]:
+    def get(self: nn.Module) -> LiveParts:
+        return tuple(transposed(part) for part in live_parts(self, name))
 
     return get
 

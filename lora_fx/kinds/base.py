@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lora_fx.matrix import MatrixForm, Rows
+from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ class LivePart(NamedTuple):
     start: tuple[Tensor, Tensor] | None = None
 
 
+def transposed(part: LivePart) -> LivePart:
+    """Return the part of the transposed weight: ``(B A)^T = A^T B^T``; only of whole weights."""
+    start = None if part.start is None else (part.start[1].mT, part.start[0].mT)
+    return part._replace(a=part.b.mT, b=part.a.mT, start=start)
+
+
 LiveParts = tuple[LivePart, ...]
 Branch = Callable[..., Tensor]
 """An operation with its adapter: the operation's own signature plus ``lora: LiveParts``."""
@@ -108,6 +114,15 @@ class Kind:
     def branch_weight(self) -> Mapping[str, int]:
         """The weight's position among the arguments of a branch's operation, where it is not 1."""
         return {}
+
+    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
+        """Return the matrix form that an operation's branch computes with; by default rows first.
+
+        A weight adapted in the transposed form (a tied embedding and head) is given to the branch as
+        ``(B^T, A^T)``; one adapted in another form takes the weight form there.
+        """
+        del op
+        return rows_form(shape)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

@@ -47,6 +47,11 @@ class EmbeddingKind(Kind):
         """The low-rank branch of ``F.embedding``."""
         return {"embedding": adapted_embedding}
 
+    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
+        """Rows are the embedding's dimensions."""
+        del op
+        return columns_form(shape)
+
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:
         """``nn.Embedding``."""
