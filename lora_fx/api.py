@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import PolicyError
 from lora_fx.fingerprints import BaseCheck, dtype_name
-from lora_fx.passes import adapter_io, insert as insert_pass, remove, switch
+from lora_fx.passes import adapter_io, remove, switch
 from lora_fx.passes import fold as fold_pass
+from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
-from lora_fx.passes.examples import has_examples
+from lora_fx.passes.examples import has_examples, read_examples
 from lora_fx.passes.match import match
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.probe import probe
@@ -32,7 +33,7 @@ from lora_fx.reports import Report
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-Model = nn.Module | Trace
+Model: TypeAlias = nn.Module | Trace
 """What the public functions take: a module, or a trace of one."""
 
 
@@ -244,18 +245,14 @@ def _shows_adapters(source: Trace) -> bool:
     return not read <= base
 
 
-def _plan(
-    source: Model, policy: Policy, example_inputs: Any
-) -> tuple[Plan, Trace | None]:
+def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Trace | None]:
     model = _module(source)
     traced = _trace_of(source, example_inputs)
     with fold_pass.base_only(model):
-        if traced is None:
-            sites = sites_from_modules(model)
-        else:
-            sites = assign_roles(traced, match(traced))
+        sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
         held = {
-            name: (tuple(p.shape), dtype_name(p)) for name, p in model.named_parameters(remove_duplicate=False)
+            name: (tuple(p.shape), dtype_name(p))
+            for name, p in model.named_parameters(remove_duplicate=False)
         }
         total = sum(p.numel() for p in model.parameters())
         classes = {path: type(m).__name__ for path, m in model.named_modules()}

@@ -22,9 +22,7 @@ class LoraFxError(Exception):
         return (_rebuild, (type(self), self.where, self.expected, self.got, self.advice))
 
 
-def _rebuild(
-    cls: type[LoraFxError], where: str, expected: str, got: str, advice: str
-) -> LoraFxError:
+def _rebuild(cls: type[LoraFxError], where: str, expected: str, got: str, advice: str) -> LoraFxError:
     return cls(where, expected=expected, got=got, advice=advice)
 
 

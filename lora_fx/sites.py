@@ -96,16 +96,18 @@ class Site:
         fields["shape"] = tuple(data["shape"])
         fields["form"] = MatrixForm.from_json(data["form"])
         fields["names"] = tuple(data.get("names", ()))
-        fields["uses"] = tuple(
-            Use(**{**use, "rows": rows_from_json(use.get("rows"))}) for use in data.get("uses", ())
-        )
-        fields["roles"] = {
-            role: rows_from_json(rows) for role, rows in data.get("roles", {}).items()
-        }
+        fields["uses"] = tuple(_use_from_json(use) for use in data.get("uses", ()))
+        fields["roles"] = {role: rows_from_json(rows) for role, rows in data.get("roles", {}).items()}
         block = data.get("block")
         fields["block"] = None if block is None else (int(block[0]), int(block[1]))
         fields["notes"] = tuple(data.get("notes", ()))
         return cls(**fields)
+
+
+def _use_from_json(data: Mapping[str, Any]) -> Use:
+    fields = dict(data)
+    fields["rows"] = rows_from_json(data.get("rows"))
+    return Use(**fields)
 
 
 def _rows_json(rows: Rows | None) -> list[list[int]] | None:

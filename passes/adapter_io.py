@@ -61,7 +61,7 @@ def _fingerprint(record: Injected, name: str, holders: Owners) -> Fingerprint:
     """Return the fingerprint of a base weight, computed anew only where the weight was written to."""
     owner = holders[name][0]
     weight = raw(owner.module, owner.attribute)
-    stamp = (id(weight), weight._version, weight.device)  # noqa: SLF001
+    stamp = (id(weight), weight._version, weight.device)
     known = record.fingerprints.get(name)
     if known is None or known[0] != stamp:
         known = (stamp, fingerprint(weight))

@@ -7,7 +7,7 @@ forwards, so what is exported there is the base model's own graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import AdapterValueError
-from lora_fx.passes import graph_module
+from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, effective, injected, raw
 from lora_fx.passes.subclass import attach, detach
@@ -69,7 +69,7 @@ def _check_finite(tensor: Tensor, where: str) -> None:
 
 
 @contextmanager
-def folded(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Module]:
+def folded(model: nn.Module, adapter: str | None = None) -> Generator[nn.Module]:
     """Inside, the model is the base model with ``W`` in place of ``W0``; bitwise restored afterwards.
 
     Normalisations that inject froze stay frozen, so that the function is the injected model's in
@@ -85,7 +85,7 @@ def folded(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def base_only(model: nn.Module) -> Iterator[nn.Module]:
+def base_only(model: nn.Module) -> Generator[nn.Module]:
     """Inside, the model is the base model: original classes, forwards and parameters, no adapters."""
     with _as_base(model, {}):
         yield model
@@ -101,13 +101,13 @@ class _Held:
 
 
 @contextmanager
-def _as_base(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def _as_base(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     record = injected(model)
     if record is None:
         yield
         return
     saved = [
-        _Held(module, dict(module._parameters), held)  # noqa: SLF001
+        _Held(module, dict(own_parameters(module)), held)
         for module in model.modules()
         if (held := binding(module)) is not None
     ]
@@ -134,7 +134,7 @@ def _strip(model: nn.Module, saved: list[_Held], record: Injected) -> None:
         for specs in held.binding.sites.values():
             for spec in specs.values():
                 for name in spec.names:
-                    module._parameters.pop(name, None)  # noqa: SLF001
+                    own_parameters(module).pop(name, None)
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -142,17 +142,19 @@ def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        old = module._parameters[attribute]  # noqa: SLF001
+        old = own_parameters(module)[attribute]
         if id(weight) not in shared:
-            shared[id(weight)] = nn.Parameter(weight, requires_grad=bool(old is not None and old.requires_grad))
-        module._parameters[attribute] = shared[id(weight)]  # noqa: SLF001
+            shared[id(weight)] = nn.Parameter(
+                weight, requires_grad=bool(old is not None and old.requires_grad)
+            )
+        own_parameters(module)[attribute] = shared[id(weight)]
 
 
 def _restore(model: nn.Module, saved: list[_Held], record: Injected) -> None:
     model.__dict__[INJECTED] = record
     for held in saved:
-        held.module._parameters.clear()  # noqa: SLF001
-        held.module._parameters.update(held.parameters)  # noqa: SLF001
+        own_parameters(held.module).clear()
+        own_parameters(held.module).update(held.parameters)
         held.module.__dict__[BINDING] = held.binding
         attach(held.module)
     if isinstance(model, fx.GraphModule) and record.graph is not None:

@@ -19,6 +19,7 @@ from lora_fx.matrix import MatrixForm
 from lora_fx.passes import graph_module
 from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
 from lora_fx.passes.norms import freeze_norms
+from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.remove import remove
 from lora_fx.passes.runtime import (
     BINDING,
@@ -56,7 +57,7 @@ def owners(model: nn.Module) -> Owners:
     names: dict[str, int] = {}
     seen: set[tuple[int, str]] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():  # noqa: SLF001
+        for attribute, parameter in own_parameters(module).items():
             if parameter is None:
                 continue
             names[f"{path}.{attribute}" if path else attribute] = id(parameter)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_fx.passes.registers import own_buffers
 from lora_fx.passes.runtime import BINDING, AdapterState, Binding, binding
 from lora_fx.passes.subclass import attach
 
 
 def is_running_norm(module: nn.Module) -> bool:
     """Say whether a module is a normalisation that moves running statistics in train mode."""
-    return isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None  # noqa: SLF001
+    mean = own_buffers(module).get("running_mean")
+    return mean is not None and bool(getattr(module, "track_running_stats", True))
 
 
 def freeze_norms(model: nn.Module, state: AdapterState) -> None:

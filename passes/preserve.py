@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from lora_fx.passes.registers import own_buffers
+
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Generator[None]:
     """Inside, the model may be run; afterwards buffers, modes and random states are as before."""
     buffers = [
-        (module, dict(module._buffers), {k: b.detach().clone() for k, b in module._buffers.items() if b is not None})  # noqa: SLF001
+        (
+            module,
+            dict(own_buffers(module)),
+            {k: b.detach().clone() for k, b in own_buffers(module).items() if b is not None},
+        )
         for module in model.modules()
     ]
     modes = [(module, module.training) for module in model.modules()]
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:
@@ -28,10 +34,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for module, held, values in buffers:
-            module._buffers.clear()  # noqa: SLF001
-            module._buffers.update(held)  # noqa: SLF001
+            own_buffers(module).clear()
+            own_buffers(module).update(held)
             for name, value in values.items():
-                target = module._buffers[name]  # noqa: SLF001
+                target = own_buffers(module)[name]
                 if target is not None and target.device.type != "meta":
                     with torch.no_grad():
                         target.detach().copy_(value)

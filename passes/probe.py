@@ -7,7 +7,7 @@ The two outputs must agree. Every adapter must also receive a gradient. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
 
 
 @contextmanager
-def held_active(model: nn.Module, adapter: str) -> Iterator[None]:
+def held_active(model: nn.Module, adapter: str) -> Generator[None]:
     """Inside, this adapter is active and its own dropout is off."""
     record = injected(model)
     if record is None:
@@ -78,7 +78,7 @@ def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
             _disagreeing(model, adapter, run) or "the adapters together",
             expected=f"the effect of adding the delta to the weight, to {tolerance:g}",
             got=f"a relative difference of {difference:.3g}",
-            advice="The weight is read past its module (a cached view, a list): Skip it, and please report it.",
+            advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
         )
     return ProbeResult(difference, ())
 
@@ -93,9 +93,10 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     with torch.enable_grad():
         outputs = float_leaves(run())
         live = [o for o in outputs if o.requires_grad]
-        total = sum((o * uneven(o)).sum() for o in live) if live else None
-    if not isinstance(total, Tensor):
+    if not live:
         return [o.detach() for o in outputs], list(parameters)
+    with torch.enable_grad():
+        total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     moved = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
@@ -124,7 +125,7 @@ def _run_with_weights_replaced(
     found = changes(model, adapter)
     kept = {name: change.before.clone() for name, change in found.items()}
     try:
-        for name, change in found.items():
+        for change in found.values():
             if only is None or only in change.names:
                 change.before.copy_(change.after)
         with disable_adapter(model), torch.no_grad():
@@ -148,7 +149,7 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
 
 
 @contextmanager
-def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Iterator[None]:
+def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Generator[None]:
     """Inside, every other weight's adapter is at its start."""
     saved: list[tuple[dict[str, SiteSpec], SiteSpec]] = []
     for _, module, attribute, _ in list(adapter_sites(model, adapter)):
@@ -164,7 +165,7 @@ def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def random_adapters(model: nn.Module, adapter: str) -> Iterator[None]:
+def random_adapters(model: nn.Module, adapter: str) -> Generator[None]:
     """Inside, every adapter is random, with a delta of a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(0)
     kept: dict[int, tuple[nn.Parameter, Tensor, bool]] = {}
@@ -173,7 +174,7 @@ def random_adapters(model: nn.Module, adapter: str) -> Iterator[None]:
             for parameter in _sensitive(module, spec):
                 if id(parameter) not in kept:
                     kept[id(parameter)] = (parameter, parameter.detach().clone(), parameter.requires_grad)
-            _randomise(module, attribute, spec, generator, fresh=kept)
+            _randomise(module, attribute, spec, generator)
         yield
     finally:
         for parameter, value, flag in kept.values():
@@ -187,7 +188,6 @@ def _randomise(
     attribute: str,
     spec: SiteSpec,
     generator: torch.Generator,
-    fresh: Mapping[int, Any],
 ) -> None:
     base = raw(module, attribute).detach()
     with torch.no_grad():

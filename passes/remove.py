@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from lora_fx.passes import graph_module
+from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -63,7 +64,7 @@ def _drop(module: nn.Module, adapter: str) -> None:
         spec = specs.pop(adapter, None)
         if spec is not None:
             for name in spec.names:
-                module._parameters.pop(name, None)  # noqa: SLF001
+                own_parameters(module).pop(name, None)
 
 
 def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:

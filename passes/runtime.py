@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.effective import effective_weight
-from lora_fx.passes.stock_forward import Branched
 from lora_fx.matrix import MatrixForm, Rows
+from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.stock_forward import Branched
 
 if TYPE_CHECKING:
     from torch import fx
@@ -141,7 +142,7 @@ def branchable(held: Binding) -> dict[str, Branched]:
 
 def raw(module: nn.Module, name: str) -> Tensor:
     """Return ``W0``, or another Parameter of the module, past every property."""
-    tensor = module._parameters[name]  # noqa: SLF001 - the one place where W0 is to be had
+    tensor = own_parameters(module)[name]
     if tensor is None:
         raise RuntimeError(f"the adapted parameter {name!r} of {type(module).__name__} is gone")
     return tensor
@@ -168,7 +169,7 @@ def current_weight(module: nn.Module, name: str) -> Tensor | None:
 
     A sharded ``W0`` is returned raw: ``fully_shard`` reads the attribute and keeps it as the base.
     """
-    base = module._parameters[name]  # noqa: SLF001
+    base = own_parameters(module)[name]
     held = binding(module)
     spec = None if held is None else held.active(name)
     if base is None or spec is None or is_sharded(base):

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.kinds.base import LiveParts, transposed
+from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import BINDING, Binding, binding, branch_base, current_weight, live_parts
 from lora_fx.passes.stock_forward import (
     LORA_SUFFIX,
@@ -80,7 +81,7 @@ _forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
 def _constants(module: nn.Module) -> tuple[tuple[str, str], ...]:
     """What tracing bakes into a stock forward: the module's plain attributes, and which are None."""
     plain = {k: repr(v) for k, v in module.__dict__.items() if _is_constant(k, v)}
-    none = {k: "None" for k, v in module._parameters.items() if v is None}  # noqa: SLF001
+    none = {k: "None" for k, v in own_parameters(module).items() if v is None}
     return tuple(sorted({**plain, **none}.items()))
 
 
@@ -125,8 +126,15 @@ def _subclass(
             body["forward"] = forward
         if names and forward is not None:
             body["__setattr__"] = _setattr(base)
-        _classes[key] = type(base)(base.__name__, (base,), body)
+        _classes[key] = _new_class(base, (base,), body)
     return _classes[key]
+
+
+def _new_class(base: type[nn.Module], bases: tuple[type, ...], body: dict[str, Any]) -> type[nn.Module]:
+    """Make a class by the base's own metaclass."""
+    metaclass: Any = type(base)
+    made: type[nn.Module] = metaclass(base.__name__, bases, body)
+    return made
 
 
 def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
@@ -176,7 +184,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
     """Register a Parameter; ``W0`` may be replaced, past the property of its name."""
     held = binding(self)
     if held is not None and name in held.sites:
-        self._parameters[name] = param  # noqa: SLF001
+        own_parameters(self)[name] = param
     else:
         nn.Module.register_parameter(self, name, param)
 
@@ -193,14 +201,14 @@ class _Rebuilding:
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = type(base)(base.__name__, (_Rebuilding, base), {"__setstate__": _set_state})
+    cls = _new_class(base, (_Rebuilding, base), {"__setstate__": _set_state})
     return cls.__new__(cls)
 
 
 def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
     held: Binding = state[BINDING]
     self.__class__ = held.base_class
-    nn.Module.__setstate__(self, state)
+    nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
     # A copied instance-level forward is bound to the original: bind it anew.
     rebound, held.rebound = held.rebound, {}
     for attribute, value in rebound.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -57,9 +57,7 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
     return record, name
 
 
-def trained_parameters(
-    model: nn.Module, adapter: str
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return what an adapter trains, each Parameter once: (all but B, the B matrices)."""
     slow: dict[int, nn.Parameter] = {}
     fast: dict[int, nn.Parameter] = {}
@@ -102,7 +100,7 @@ def set_adapter(model: nn.Module, adapter: str) -> None:
 
 
 @contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapter(model: nn.Module) -> Generator[nn.Module]:
     """Inside, the model computes what the base computes.
 
     Raises:

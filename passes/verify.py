@@ -7,7 +7,7 @@ batch size, in train and in eval. Everything is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,8 @@ def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
 
 def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     leaves, spec = pytree.tree_flatten(inputs)
-    return pytree.tree_unflatten([change(v) if isinstance(v, Tensor) else v for v in leaves], spec)
+    mapped: Inputs = pytree.tree_unflatten([change(v) if isinstance(v, Tensor) else v for v in leaves], spec)
+    return mapped
 
 
 def _other_values(tensor: Tensor) -> Tensor:
@@ -110,9 +111,7 @@ def _compare(
 
 def _reference_run(model: nn.Module, inputs: Inputs) -> _Run:
     """Run the folded model; its gradients are with respect to the weights themselves."""
-    weights = {
-        name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()
-    }
+    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     distinct = list({id(p): p for p in weights.values()}.values())
     return _run(model, inputs, weights, distinct)
 
@@ -140,7 +139,7 @@ def _run(
 
 
 @contextmanager
-def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _trainable(parameters: list[nn.Parameter]) -> Generator[None]:
     flags = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -187,7 +186,9 @@ def _gradients(name: str, found: list[Tensor | None], wanted: list[Tensor | None
     right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
     got = torch.cat([t.flatten() for t in left if t is not None])
     expected = torch.cat([t.flatten() for t in right if t is not None])
-    return Comparison(case, name, relative(got, expected), 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
+    return Comparison(
+        case, name, relative(got, expected), 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    )
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

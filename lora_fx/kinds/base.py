@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 

@@ -13,9 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LivePart, LiveParts, Operand, add_rows, rows_index, shape_of
+from lora_fx.kinds.base import (
+    Branch,
+    Call,
+    Kind,
+    LivePart,
+    LiveParts,
+    Operand,
+    add_rows,
+    rows_index,
+    shape_of,
+)
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -107,14 +117,12 @@ class ConvKind(Kind):
             return ()
         shape = shape_of(weight)
         axes = tuple(range(1, len(shape)))
-        return (
-            Operand(weight, call.arg(0, "input"), shape, out=(0,), inp=axes, channel=1 - len(shape)),
-        )
+        return (Operand(weight, call.arg(0, "input"), shape, out=(0,), inp=axes, channel=1 - len(shape)),)
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of a stock convolution."""
         if isinstance(module, self.homes):
             weight = module.weight
-            assert isinstance(weight, torch.Tensor)  # noqa: S101 - narrows the type only
+            assert isinstance(weight, torch.Tensor)
             return {"weight": rows_form(tuple(weight.shape))}
         return {}

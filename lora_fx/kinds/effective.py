@@ -46,7 +46,8 @@ def effective_weight(
 
 def row_norms(weight: Tensor, form: MatrixForm) -> Tensor:
     """Return the norm of each row of the matrix form: (out,) or (E, out)."""
-    return torch.linalg.vector_norm(form.matrix(weight), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(form.matrix(weight), dim=-1)
+    return norms
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor, form: MatrixForm) -> Tensor:

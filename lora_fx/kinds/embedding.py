@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
 from lora_fx.matrix import MatrixForm, columns_form
@@ -17,8 +17,8 @@ def adapted_embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002 - the signature of F.embedding
-    sparse: bool = False,  # noqa: FBT001, FBT002
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
     *,
     lora: LiveParts,
 ) -> Tensor:
@@ -32,7 +32,7 @@ def adapted_embedding(
     return result
 
 
-def _looked_up(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None, by_freq: bool) -> Tensor:  # noqa: FBT001
+def _looked_up(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None, by_freq: bool) -> Tensor:
     return F.linear(F.embedding(ids, a.t(), padding_idx, None, 2.0, by_freq), b)
 
 

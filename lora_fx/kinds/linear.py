@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
 from lora_fx.matrix import MatrixForm, rows_form
@@ -46,9 +46,7 @@ class LinearKind(Kind):
         weight = call.arg(1, "weight")
         if not isinstance(weight, fx.Node) or len(shape_of(weight)) != 2:
             return ()
-        return (
-            Operand(weight, call.arg(0, "input"), shape_of(weight), out=(0,), inp=(1,), channel=-1),
-        )
+        return (Operand(weight, call.arg(0, "input"), shape_of(weight), out=(0,), inp=(1,), channel=-1),)
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of an ``nn.Linear``."""
