@@ -15,7 +15,7 @@ from lora_fx.passes import adapter_io, remove, switch
 from lora_fx.passes import fold as fold_pass
 from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
-from lora_fx.passes.examples import has_examples, read_examples
+from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.probe import probe
@@ -230,7 +230,7 @@ def _trace_of(source: Model, example_inputs: Any) -> Trace | None:
         if example_inputs is None and not _shows_adapters(source):
             return source
         example_inputs = example_inputs if example_inputs is not None else (source.args, dict(source.kwargs))
-    elif example_inputs is None and not has_examples(model):
+    elif example_inputs is None and own_examples(model) is None:
         return None
     with fold_pass.base_only(model):
         return record(model, example_inputs)
@@ -296,5 +296,5 @@ def verify(model: nn.Module, example_inputs: Any, *, adapter: str | None = None)
         AdapterNameError: the model has no adapters, or not this one.
         InputError: the example inputs cannot be read.
     """
-    args, kwargs, _ = read_examples(model, example_inputs)
-    return verify_pass.verify(model, (args, dict(kwargs)), adapter)
+    found = read_examples(model, example_inputs)
+    return verify_pass.verify(model, (found.args, found.kwargs), adapter)
