@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.kinds.base import LiveParts, transposed
+from lora_fx.passes.guard import guarded
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import BINDING, Binding, binding, branch_base, current_weight, live_parts
 from lora_fx.passes.stock_forward import (
@@ -140,7 +141,8 @@ def _new_class(base: type[nn.Module], bases: tuple[type, ...], body: dict[str, A
 def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def get(self: nn.Module) -> Tensor | None:
         try:
-            return current_weight(self, name)
+            weight = current_weight(self, name)
+            return weight if weight is None or weight is own_parameters(self)[name] else guarded(weight)
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error

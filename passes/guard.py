@@ -1,0 +1,82 @@
+"""What reading an adapted weight yields: ``W``, guarded against writes that would be lost.
+
+``W`` is computed at each reading, so ``module.weight.data.fill_(0)`` or ``nn.init`` on it would write
+into a tensor that nobody reads again. A guarded weight computes like any tensor and raises on a write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import WeightWriteError
+
+_ALIASES = frozenset(
+    {"__get__", "__getitem__", "alias", "detach", "expand", "flatten", "mT", "movedim", "narrow", "permute"}
+    | {"reshape", "select", "squeeze", "swapaxes", "T", "t", "transpose", "unflatten", "unsqueeze", "view"}
+)
+"""Operations whose result may share memory with the weight, so that it must be guarded too."""
+_HARMLESS = frozenset({"retain_grad", "share_memory_"})
+
+
+class EffectiveWeight(Tensor):
+    """The effective weight ``W`` of an adapted parameter; every write raises ``WeightWriteError``."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute as on a plain tensor; refuse what would write into the weight."""
+        del types
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if _writes(name, args, kwargs):
+            raise WeightWriteError(
+                f"Tensor.{name}",
+                expected="a write to the base weight W0",
+                got="a write to the effective weight W, which is computed anew at each reading",
+                advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
+            )
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - there is no public spelling
+            result = func(*args, **kwargs)
+        if name in _ALIASES and isinstance(result, Tensor) and type(result) is Tensor:
+            return result.as_subclass(EffectiveWeight)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Copy the values as a plain tensor."""
+        del memo
+        return self.detach().as_subclass(Tensor).clone()
+
+
+def guarded(weight: Tensor) -> Tensor:
+    """Return the weight guarded against writes; plain where the program is being captured."""
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return weight
+    return cast("Tensor", weight.as_subclass(EffectiveWeight))
+
+
+def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    out = kwargs.get("out")
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    if any(isinstance(o, EffectiveWeight) for o in outs):
+        return True
+    # torch.nn.init hands its tensor on by name.
+    target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+    if not isinstance(target, EffectiveWeight):
+        return False
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    return in_place or name in {"__setitem__", "__set__"} or (name.startswith("__i") and name in _IN_PLACE)
+
+
+_IN_PLACE = frozenset(
+    f"__i{op}__"
+    for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+) | frozenset({"__ilshift__", "__irshift__"})
