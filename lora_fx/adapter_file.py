@@ -7,6 +7,7 @@ Tensors are named after the base weight that they change::
     .../A_start  .../B_start                the frozen start, where the initialisation has one
     <weight>/magnitude                      DoRA's row norms, (out,)
     <parameter>/full                        a parameter trained in full, in its own shape
+    <buffer>/buffer                         running statistics that moved, in their own shape
 
 The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
 and ``fingerprints`` (base weight -> shape, dtype, SHA-256).
@@ -78,7 +79,8 @@ class AdapterFile:
         except (KeyError, TypeError, ValueError) as error:
             raise _bad(path, f"a damaged header ({error})", "Save the adapter again.") from error
         found = cls(plan, fingerprints, tensors)
-        missing = [key for key in found.expected_shapes() if key not in tensors]
+        wanted = [*found.expected_shapes(), *(tensor_key(name, None, "buffer") for name in plan.buffers)]
+        missing = [key for key in wanted if key not in tensors]
         if missing:
             raise _bad(path, f"no tensor {missing[0]!r}", "Save the adapter again.")
         return found
@@ -122,9 +124,10 @@ class AdapterFile:
 
     def effective(self, name: str, base: Tensor) -> Tensor:
         """Return ``W`` for a base weight that the adapter changes, by its name in the plan."""
-        full = self.tensors.get(tensor_key(name, None, "full"))
-        if full is not None:
-            return full.to(base.dtype)
+        for whole in ("full", "buffer"):
+            value = self.tensors.get(tensor_key(name, None, whole))
+            if value is not None:
+                return value.to(base.dtype)
         decision = self.plan[name]
         parts = tuple(self._part(decision, part.role, part.rows) for part in decision.parts)
         magnitude = self.tensors.get(tensor_key(decision.name, None, "magnitude"))

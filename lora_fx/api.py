@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,7 @@ from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
+from lora_fx.passes.norms import running_statistics
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
@@ -177,7 +179,7 @@ def load_adapter(
     file = AdapterFile.read(path)
     refuse_wrapped(model)
     insert_pass.check_name(adapter, injected(model))
-    file.check_base(insert_pass.base_weights(model), base_check)
+    file.check_base(insert_pass.base_tensors(model), base_check)
     adapter_io.install(model, file, adapter, trainable=trainable)
     return model
 
@@ -266,6 +268,8 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
         base_parameters=total,
         owners=classes,
     )
+    if policy.norm_stats == "train":
+        decided = replace(decided, buffers=running_statistics(model))
     return decided, traced
 
 

@@ -152,13 +152,15 @@ class Plan:
 
     ``model`` is the class the plan was made for; ``examples`` says where the example inputs came
     from (None: there were none, and the sites come from the module tree alone); ``notes`` hold
-    remarks such as the budget's arithmetic or a shadowed rule.
+    remarks such as the budget's arithmetic or a shadowed rule. ``buffers`` names the running statistics
+    that move in training (``norm_stats="train"``); each adapter has its own copy of them.
     """
 
     decisions: tuple[Decision, ...]
     model: str = ""
     examples: str | None = None
     extras: tuple[Extra, ...] = ()
+    buffers: tuple[str, ...] = ()
     norm_stats: Literal["freeze", "train"] = "freeze"
     notes: tuple[str, ...] = ()
     base_parameters: int = 0
@@ -238,6 +240,7 @@ class Plan:
             "plan_version": PLAN_VERSION,
             "model": self.model,
             "examples": self.examples,
+            "buffers": list(self.buffers),
             "norm_stats": self.norm_stats,
             "notes": list(self.notes),
             "base_parameters": self.base_parameters,
@@ -271,6 +274,7 @@ class Plan:
                 model=data["model"],
                 examples=data["examples"],
                 extras=tuple(_extra_from_json(e) for e in data["extras"]),
+                buffers=tuple(data["buffers"]),
                 norm_stats=data["norm_stats"],
                 notes=tuple(data["notes"]),
                 base_parameters=data["base_parameters"],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fx.adapter_file import AdapterFile, tensor_key
 from lora_fx.errors import AdapterFileError
 from lora_fx.fingerprints import Fingerprint, fingerprint
-from lora_fx.passes.insert import Owners, insert, owners
+from lora_fx.passes.insert import Owner, Owners, insert, owners
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
 from lora_fx.passes.switch import apply_trainability, record_of, require
 from lora_fx.plans import Plan
@@ -25,13 +25,25 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
     record, name = require(model, adapter)
     plan = record.plans[name]
     holders = owners(model)
-    tensors = {key: tensor.detach() for key, tensor in _tensors(plan, name, holders)}
+    tensors = {key: tensor.detach() for key, tensor in _tensors(model, plan, name, holders)}
     changed = [d.name for d in (*plan.adapted, *plan.trained)] + [e.name for e in plan.extras]
-    prints = {weight: _fingerprint(record, weight, holders) for weight in changed}
+    prints = {weight: _fingerprint(record, weight, *_held(holders[weight])) for weight in changed}
+    for buffer in plan.buffers:
+        module, attribute = _owner(model, buffer)
+        prints[buffer] = _fingerprint(record, buffer, module, attribute)
     return AdapterFile(plan, prints, tensors)
 
 
-def _tensors(plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, Tensor]]:
+def _held(held: tuple[Owner, ...]) -> tuple[nn.Module, str]:
+    return held[0].module, held[0].attribute
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _tensors(model: nn.Module, plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, Tensor]]:
     """Yield (name in the file, Parameter) of everything that an adapter holds."""
     for decision in plan.adapted:
         owner = holders[decision.name][0]
@@ -48,6 +60,11 @@ def _tensors(plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, T
         full = _binding(owner.module).sites[owner.attribute][adapter].full
         if full is not None:
             yield tensor_key(name, None, "full"), raw(owner.module, full)
+    for name in plan.buffers:
+        module, attribute = _owner(model, name)
+        copied = _binding(module).sites[attribute][adapter].full
+        if copied is not None:
+            yield tensor_key(name, None, "buffer"), raw(module, copied)
 
 
 def _binding(module: nn.Module) -> Binding:
@@ -57,10 +74,9 @@ def _binding(module: nn.Module) -> Binding:
     return held
 
 
-def _fingerprint(record: Injected, name: str, holders: Owners) -> Fingerprint:
+def _fingerprint(record: Injected, name: str, module: nn.Module, attribute: str) -> Fingerprint:
     """Return the fingerprint of a base weight, computed anew only where the weight was written to."""
-    owner = holders[name][0]
-    weight = raw(owner.module, owner.attribute)
+    weight = raw(module, attribute)
     stamp = (id(weight), weight._version, weight.device)
     known = record.fingerprints.get(name)
     if known is None or known[0] != stamp:
@@ -81,7 +97,7 @@ def install(model: nn.Module, file: AdapterFile, adapter: str, *, trainable: boo
     _check_shapes(file)
     insert(model, file.plan, adapter, seed=0)
     with torch.no_grad():
-        for key, parameter in _tensors(file.plan, adapter, holders):
+        for key, parameter in _tensors(model, file.plan, adapter, holders):
             parameter.copy_(file.tensors[key])
     record = record_of(model)
     record.trainable[adapter] = trainable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import AdapterValueError
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, effective, injected, raw
 from lora_fx.passes.subclass import attach, detach
@@ -72,22 +72,23 @@ def _check_finite(tensor: Tensor, where: str) -> None:
 def folded(model: nn.Module, adapter: str | None = None) -> Generator[nn.Module]:
     """Inside, the model is the base model with ``W`` in place of ``W0``; bitwise restored afterwards.
 
-    Normalisations that inject froze stay frozen, so that the function is the injected model's in
+    Normalisations that are frozen in the injected model stay frozen, so that the function is the injected model's in
     train mode too.
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
         AdapterValueError: an adapter holds NaN or infinity.
     """
-    new = {name: change.after for change in changes(model, adapter).values() for name in change.names}
-    with _as_base(model, new):
+    _, name = require(model, adapter)
+    new = {n: change.after for change in changes(model, name).values() for n in change.names}
+    with _as_base(model, new, name):
         yield model
 
 
 @contextmanager
 def base_only(model: nn.Module) -> Generator[nn.Module]:
     """Inside, the model is the base model: original classes, forwards and parameters, no adapters."""
-    with _as_base(model, {}):
+    with _as_base(model, {}, None):
         yield model
 
 
@@ -97,29 +98,30 @@ class _Held:
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
     binding: Any
 
 
 @contextmanager
-def _as_base(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
+def _as_base(model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None) -> Generator[None]:
     record = injected(model)
     if record is None:
         yield
         return
     saved = [
-        _Held(module, dict(own_parameters(module)), held)
+        _Held(module, dict(own_parameters(module)), dict(own_buffers(module)), held)
         for module in model.modules()
         if (held := binding(module)) is not None
     ]
     try:
-        _strip(model, saved, record)
+        _strip(model, saved, record, adapter)
         _place(model, weights)
         yield
     finally:
         _restore(model, saved, record)
 
 
-def _strip(model: nn.Module, saved: list[_Held], record: Injected) -> None:
+def _strip(model: nn.Module, saved: list[_Held], record: Injected, adapter: str | None) -> None:
     del model.__dict__[INJECTED]
     if isinstance(model, fx.GraphModule) and record.graph is not None:
         model.graph, record.graph = record.graph, model.graph
@@ -128,13 +130,15 @@ def _strip(model: nn.Module, saved: list[_Held], record: Injected) -> None:
         module = held.module
         detach(module)
         del module.__dict__[BINDING]
-        if held.binding.frozen_norm:
+        moves = adapter in held.binding.sites.get("running_mean", {})
+        if held.binding.frozen_norm and not moves:
             module.__dict__[BINDING] = Binding(record.state, type(module), frozen_norm=True)
             attach(module)
         for specs in held.binding.sites.values():
             for spec in specs.values():
                 for name in spec.names:
                     own_parameters(module).pop(name, None)
+                    own_buffers(module).pop(name, None)
 
 
 def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -142,6 +146,9 @@ def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
+        if attribute in own_buffers(module):
+            own_buffers(module)[attribute] = weight.clone()
+            continue
         old = own_parameters(module)[attribute]
         if id(weight) not in shared:
             shared[id(weight)] = nn.Parameter(
@@ -155,6 +162,8 @@ def _restore(model: nn.Module, saved: list[_Held], record: Injected) -> None:
     for held in saved:
         own_parameters(held.module).clear()
         own_parameters(held.module).update(held.parameters)
+        own_buffers(held.module).clear()
+        own_buffers(held.module).update(held.buffers)
         held.module.__dict__[BINDING] = held.binding
         attach(held.module)
     if isinstance(model, fx.GraphModule) and record.graph is not None:

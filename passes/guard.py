@@ -44,7 +44,7 @@ class EffectiveWeight(Tensor):
                 got="a write to the effective weight W, which is computed anew at each reading",
                 advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
             )
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - there is no public spelling
+        with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if name in _ALIASES and isinstance(result, Tensor) and type(result) is Tensor:
             return result.as_subclass(EffectiveWeight)

@@ -67,8 +67,8 @@ def owners(model: nn.Module) -> Owners:
     return {name: tuple(held[key]) for name, key in names.items()}
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every base parameter by every qualified name, adapters left out."""
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every base parameter and buffer by every qualified name, adapters left out."""
     added = {
         (id(module), name)
         for module in model.modules()
@@ -77,11 +77,12 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
         for spec in specs.values()
         for name in spec.names
     }
-    return {
+    parameters = {
         name: raw(held[0].module, held[0].attribute)
         for name, held in owners(model).items()
         if not any((id(o.module), o.attribute) in added for o in held)
     }
+    return {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
 
 
 def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) -> None:
@@ -97,7 +98,7 @@ def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) 
     record = injected(model)
     check_name(adapter, record)
     holders = owners(model)
-    check_fit(plan, holders)
+    check_fit(model, plan, holders)
     if record is None:
         record = _new_record(model)
     record.plans[adapter] = plan
@@ -130,11 +131,12 @@ def check_name(adapter: str, record: Injected | None) -> None:
         )
 
 
-def check_fit(plan: Plan, holders: Owners) -> None:
+def check_fit(model: nn.Module, plan: Plan, holders: Owners) -> None:
     """Refuse a plan whose parameters the model does not have, or has in another shape."""
     wanted = {d.name: d.site.shape for d in (*plan.adapted, *plan.trained)}
     wanted.update({e.name: e.shape for e in plan.extras})
-    problems: list[str] = []
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    problems = [f"buffer {name} is not there" for name in plan.buffers if name not in buffers]
     for name, shape in wanted.items():
         if name not in holders:
             problems.append(f"{name} is not there")
@@ -181,13 +183,15 @@ def _rewrite(
     for extra in plan.extras:
         _add(holders[extra.name], None, adapter, record, generator)
         touched.update({id(o.module): o.module for o in holders[extra.name]})
+    for name in plan.buffers:
+        module = _add_buffer(model, name, adapter, record)
+        touched[id(module)] = module
     for module in touched.values():
         choose_branches(module)
         attach(module)
     if isinstance(model, fx.GraphModule):
         graph_module.rewrite_graph(model, record)
-    if plan.norm_stats == "freeze":
-        freeze_norms(model, record.state)
+    freeze_norms(model, record.state)
 
 
 def _add(
@@ -210,6 +214,17 @@ def _add(
             owner.module.register_parameter(names[key], parameter)
         spec = _spec(decision, names)
         bind(owner.module, record.state).sites.setdefault(owner.attribute, {})[adapter] = spec
+
+
+def _add_buffer(model: nn.Module, name: str, adapter: str, record: Injected) -> nn.Module:
+    """Give the adapter its own copy of a buffer; the base's is left alone."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    copied = f"lora_full__{attribute}__{adapter}"
+    module.register_buffer(copied, raw(module, attribute).detach().clone())
+    spec = SiteSpec(form=None, full=copied, buffer=True)
+    bind(module, record.state).sites.setdefault(attribute, {})[adapter] = spec
+    return module
 
 
 def bind(module: nn.Module, state: AdapterState) -> Binding:

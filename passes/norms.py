@@ -16,7 +16,10 @@ def is_running_norm(module: nn.Module) -> bool:
 
 
 def freeze_norms(model: nn.Module, state: AdapterState) -> None:
-    """Make every such normalisation use its running statistics in train mode too."""
+    """Make every such normalisation use its running statistics in train mode too.
+
+    One whose statistics the active adapter has its own copy of moves that copy instead.
+    """
     for module in model.modules():
         if not is_running_norm(module):
             continue
@@ -26,3 +29,17 @@ def freeze_norms(model: nn.Module, state: AdapterState) -> None:
             module.__dict__[BINDING] = held
         held.frozen_norm = True
         attach(module)
+
+
+def running_statistics(model: nn.Module) -> tuple[str, ...]:
+    """Return the qualified names of every buffer that normalisations move in train mode."""
+    names: list[str] = []
+    for path, module in model.named_modules():
+        if is_running_norm(module):
+            found = [n for n in ("running_mean", "running_var", "num_batches_tracked") if _has(module, n)]
+            names += [f"{path}.{n}" if path else n for n in found]
+    return tuple(names)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return own_buffers(module).get(name) is not None

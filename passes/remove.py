@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from lora_fx.passes import graph_module
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -65,6 +65,7 @@ def _drop(module: nn.Module, adapter: str) -> None:
         if spec is not None:
             for name in spec.names:
                 own_parameters(module).pop(name, None)
+                own_buffers(module).pop(name, None)
 
 
 def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:

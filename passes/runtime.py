@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.stock_forward import Branched
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class PartSpec:
 class SiteSpec:
     """How one adapter changes one weight; all names are of Parameters on the owner.
 
-    ``full`` names the trained copy that stands in for the weight, ``magnitude`` DoRA's row norms.
+    ``full`` names the copy that stands in for the weight, ``magnitude`` DoRA's row norms. ``buffer``
+    says that it is a buffer that moves (running statistics), and no parameter.
     """
 
     form: MatrixForm | None
@@ -69,6 +70,7 @@ class SiteSpec:
     dropout: float = 0.0
     full: str | None = None
     magnitude: str | None = None
+    buffer: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,10 +143,12 @@ def branchable(held: Binding) -> dict[str, Branched]:
 
 
 def raw(module: nn.Module, name: str) -> Tensor:
-    """Return ``W0``, or another Parameter of the module, past every property."""
-    tensor = own_parameters(module)[name]
+    """Return ``W0``, or another Parameter or buffer of the module, past every property."""
+    tensor = own_parameters(module).get(name)
     if tensor is None:
-        raise RuntimeError(f"the adapted parameter {name!r} of {type(module).__name__} is gone")
+        tensor = own_buffers(module).get(name)
+    if tensor is None:
+        raise RuntimeError(f"{name!r} of {type(module).__name__} is gone")
     return tensor
 
 
@@ -169,12 +173,20 @@ def current_weight(module: nn.Module, name: str) -> Tensor | None:
 
     A sharded ``W0`` is returned raw: ``fully_shard`` reads the attribute and keeps it as the base.
     """
-    base = own_parameters(module)[name]
     held = binding(module)
     spec = None if held is None else held.active(name)
-    if base is None or spec is None or is_sharded(base):
+    if spec is None:
+        return own_parameters(module).get(name, own_buffers(module).get(name))
+    base = raw(module, name)
+    if is_sharded(base):
         return base
     return effective(module, name, spec)
+
+
+def is_own(module: nn.Module, tensor: Tensor) -> bool:
+    """Say whether a tensor is the module's own Parameter or buffer, so that writing to it is kept."""
+    held = (*own_parameters(module).values(), *own_buffers(module).values())
+    return any(tensor is own for own in held)
 
 
 def branch_base(module: nn.Module, name: str) -> Tensor:

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes.guard import guarded
 from lora_fx.passes.registers import own_parameters
-from lora_fx.passes.runtime import BINDING, Binding, binding, branch_base, current_weight, live_parts
+from lora_fx.passes.runtime import (
+    BINDING,
+    Binding,
+    binding,
+    branch_base,
+    current_weight,
+    is_own,
+    live_parts,
+)
 from lora_fx.passes.stock_forward import (
     LORA_SUFFIX,
     TRANSPOSED_SUFFIX,
@@ -95,7 +103,8 @@ def _is_constant(name: str, value: Any) -> bool:
 def _frozen_norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Normalise with the running statistics, in train mode too."""
-        if not self.training:
+        held = binding(self)
+        if not self.training or (held is not None and held.active("running_mean") is not None):
             return base.forward(self, *args, **kwargs)
         self.training = False
         try:
@@ -142,7 +151,7 @@ def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def get(self: nn.Module) -> Tensor | None:
         try:
             weight = current_weight(self, name)
-            return weight if weight is None or weight is own_parameters(self)[name] else guarded(weight)
+            return weight if weight is None or is_own(self, weight) else guarded(weight)
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error

@@ -83,7 +83,9 @@ def apply_trainability(model: nn.Module, record: Injected) -> None:
 
 
 def trained_names(spec: SiteSpec) -> tuple[str, ...]:
-    """Return the Parameters of a spec that are trained: all but a frozen start."""
+    """Return the Parameters of a spec that are trained: all but a frozen start and buffers."""
+    if spec.buffer:
+        return ()
     names = [n for part in spec.parts for n in (part.a, part.b)]
     return tuple(n for n in (*names, spec.full, spec.magnitude) if n is not None)
 
