@@ -10,14 +10,14 @@ Tensors are named after the base weight that they change::
     <buffer>/buffer                         running statistics that moved, in their own shape
 
 The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
-and ``fingerprints`` (base weight -> shape, dtype, SHA-256).
+``fingerprints`` (base weight -> shape, dtype, SHA-256) and ``deltas`` (weight -> |W - W0| / |W0|).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class AdapterFile:
     plan: Plan
     fingerprints: Mapping[str, Fingerprint]
     tensors: Mapping[str, Tensor]
+    deltas: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def write(self, path: str | Path) -> None:
         """Write the file: under a temporary name in the same folder, synced, renamed."""
@@ -54,6 +55,7 @@ class AdapterFile:
             "format_version": str(FORMAT_VERSION),
             "plan": self.plan.to_json(),
             "fingerprints": json.dumps({k: f.to_json() for k, f in self.fingerprints.items()}),
+            "deltas": json.dumps(dict(self.deltas)),
         }
         tensors = {k: t.detach().to("cpu").contiguous() for k, t in self.tensors.items()}
         atomic_write(Path(path), safetensors.torch.save(tensors, metadata))
@@ -76,9 +78,10 @@ class AdapterFile:
             prints = json.loads(metadata["fingerprints"])
             fingerprints = {k: Fingerprint.from_json(v) for k, v in prints.items()}
             plan = Plan.from_json(metadata["plan"])
+            deltas = {str(k): float(v) for k, v in json.loads(metadata["deltas"]).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise _bad(path, f"a damaged header ({error})", "Save the adapter again.") from error
-        found = cls(plan, fingerprints, tensors)
+        found = cls(plan, fingerprints, tensors, deltas)
         wanted = [*found.expected_shapes(), *(tensor_key(name, None, "buffer") for name in plan.buffers)]
         missing = [key for key in wanted if key not in tensors]
         if missing:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_fx.adapter_file import AdapterFile, tensor_key
 from lora_fx.errors import AdapterFileError
 from lora_fx.fingerprints import Fingerprint, fingerprint
+from lora_fx.passes.extent import deltas
 from lora_fx.passes.insert import Owner, Owners, insert, owners
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -31,7 +32,8 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
     for buffer in plan.buffers:
         module, attribute = _owner(model, buffer)
         prints[buffer] = _fingerprint(record, buffer, module, attribute)
-    return AdapterFile(plan, prints, tensors)
+    on_meta = any(tensor.device.type == "meta" for tensor in tensors.values())
+    return AdapterFile(plan, prints, tensors, {} if on_meta else deltas(model, name))
 
 
 def _held(held: tuple[Owner, ...]) -> tuple[nn.Module, str]:
