@@ -19,7 +19,6 @@ from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
 from lora_fx.passes.norms import running_statistics
-from lora_fx.passes.preserve import preserved
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.runtime import injected
@@ -281,12 +280,7 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
     elif any(p.device.type == "meta" for p in model.parameters()):
         known.probe = "not probed: the model is on the meta device"
     else:
-
-        def run() -> Any:
-            with preserved(model):
-                return model(*traced.args, **traced.kwargs)
-
-        result = probe(model, adapter, run)
+        result = probe(model, adapter, lambda: model(*traced.args, **traced.kwargs))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
 
 

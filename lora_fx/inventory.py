@@ -41,7 +41,7 @@ def why_nothing(rule: Filters, sites: Sequence[Site]) -> str:
 def nearest(rule: Filters, sites: Sequence[Site], names: Iterable[str]) -> str:
     """Return the nearest candidates for the filters of a rule that match nothing by themselves."""
     every_name = _names(sites)
-    names_seen = _suffixes([*every_name, *names], parts=(1, 2, 3))
+    names_seen = {*every_name, *_suffixes([*every_name, *names], parts=(1, 2, 3))}
     modules = _suffixes([name.rpartition(".")[0] for name in every_name], parts=(1, 2))
     modules |= {site.module_class for site in sites if site.module_class}
     searched = (

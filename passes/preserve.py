@@ -38,6 +38,6 @@ def preserved(model: nn.Module) -> Generator[None]:
             own_buffers(module).update(held)
             for name, value in values.items():
                 target = own_buffers(module)[name]
-                if target is not None and target.device.type != "meta":
+                if target is not None and target.device.type != "meta" and not torch.equal(target, value):
                     with torch.no_grad():
-                        target.detach().copy_(value)
+                        target.copy_(value)

@@ -23,6 +23,7 @@ from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
 
 Runner = Callable[[], Any]
+"""Runs the model once on its example inputs."""
 
 _PROBE_SIZE = 0.1
 """The probe's delta, as a share of the weight's own norm."""
@@ -90,14 +91,14 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     wanted = list({id(p): p for ps in parameters.values() for p in ps}.values())
     for parameter in wanted:
         parameter.requires_grad_(True)
-    with torch.enable_grad():
+    # The gradient is taken before the buffers are put back: putting back is a write that autograd sees.
+    with preserved(model), torch.enable_grad():
         outputs = float_leaves(run())
         live = [o for o in outputs if o.requires_grad]
-    if not live:
-        return [o.detach() for o in outputs], list(parameters)
-    with torch.enable_grad():
+        if not live:
+            return [o.detach() for o in outputs], list(parameters)
         total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
-    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     moved = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
     return [o.detach() for o in outputs], silent
@@ -128,7 +129,7 @@ def _run_with_weights_replaced(
         for change in found.values():
             if only is None or only in change.names:
                 change.before.copy_(change.after)
-        with disable_adapter(model), torch.no_grad():
+        with preserved(model), disable_adapter(model), torch.no_grad():
             return float_leaves(run())
     finally:
         for name, change in found.items():
@@ -139,8 +140,9 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
     """Name the weights that disagree, one at a time with all other adapters at zero."""
     found: list[str] = []
     for name, module, attribute, _ in list(_sites(model, adapter)):
-        with _silenced(model, adapter, raw(module, attribute)), torch.no_grad():
-            outputs = [o.detach() for o in float_leaves(run())]
+        with _silenced(model, adapter, raw(module, attribute)):
+            with preserved(model), torch.no_grad():
+                outputs = float_leaves(run())
             reference = _run_with_weights_replaced(model, adapter, run, only=name)
         difference, tolerance = compare(outputs, reference)
         if difference > tolerance:

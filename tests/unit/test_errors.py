@@ -1,0 +1,194 @@
+"""Bad input gets a named error that says what to do, and leaves model and files untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import Policy, Rule
+
+X = torch.randn(3, 6)
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+class _Untouched:
+    """Asserts that a model is bit for bit what it was."""
+
+    def __init__(self, subject: nn.Module) -> None:
+        self.subject = subject
+        self.before = self._state()
+
+    def _state(self) -> Any:
+        parameters = {
+            n: (id(p), p.requires_grad, p.detach().clone()) for n, p in self.subject.named_parameters()
+        }
+        modules = {n: (type(m), m.training, sorted(m.__dict__)) for n, m in self.subject.named_modules()}
+        return parameters, modules
+
+    def check(self) -> None:
+        (before, modules_before), (after, modules_after) = self.before, self._state()
+        assert modules_before == modules_after
+        assert list(before) == list(after)
+        for name, (identity, flag, value) in before.items():
+            assert (identity, flag) == after[name][:2]
+            assert torch.equal(value, after[name][2])
+
+
+def test_untouched_notices_a_change() -> None:
+    subject = model()
+    watch = _Untouched(subject)
+    subject[0].weight.data[0, 0] += 1
+    with pytest.raises(AssertionError):
+        watch.check()
+
+
+BAD_CALLS: dict[str, tuple[type[Exception], Callable[[nn.Module], Any]]] = {
+    "inputs of another shape": (lora_fx.InputError, lambda m: lora_fx.inject(m, Policy(Rule()), X[:, :5])),
+    "inputs of no form": (lora_fx.InputError, lambda m: lora_fx.trace(m, 3)),
+    "nothing matches": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(name="nope.*")), X)),
+    "a role without a trace": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(role="q")))),
+    "a depth without a trace": (lora_fx.PolicyError, lambda m: lora_fx.plan(m, Policy(Rule(depth=-1)))),
+    "an unknown role": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(role="nope")), X)),
+    "rank 0": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(rank=0)), X)),
+    "rank 1.5": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(rank=1.5)), X)),
+    "no rules": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(), X)),
+    "no adapters to switch": (lora_fx.AdapterNameError, lambda m: lora_fx.set_adapter(m, "default")),
+    "no adapters to unload": (lora_fx.AdapterNameError, lora_fx.unload),
+    "no adapters to fold": (lora_fx.AdapterNameError, lora_fx.fold),
+    "an unusable name": (
+        lora_fx.AdapterNameError,
+        lambda m: lora_fx.inject(m, Policy(Rule()), X, adapter="a.b"),
+    ),
+    "no model": (lora_fx.LoraFxError, lambda m: lora_fx.inject(3, Policy(Rule()), X)),
+    "no such file": (lora_fx.AdapterFileError, lambda m: lora_fx.load_adapter(m, "nowhere.safetensors")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_raise_and_leave_the_model(case: str) -> None:
+    subject = model()
+    watch = _Untouched(subject)
+    error, call = BAD_CALLS[case]
+    with pytest.raises(error) as caught:
+        call(subject)
+    assert isinstance(caught.value, lora_fx.LoraFxError)
+    assert caught.value.advice
+    watch.check()
+
+
+def test_nearest_candidates_are_named() -> None:
+    with pytest.raises(lora_fx.PolicyError, match=r"0\.weight"):
+        lora_fx.plan(model(), Policy(Rule(name="0.wieght")), X)
+
+
+def test_the_same_name_twice() -> None:
+    subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
+    before = copy.deepcopy(subject.state_dict())
+    with pytest.raises(lora_fx.AdapterNameError, match="default"):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    assert all(torch.equal(before[k], v) for k, v in subject.state_dict().items())
+
+
+def test_another_base(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(model(0), Policy(Rule(rank=2)), X), path)
+    other = model(1)
+    watch = _Untouched(other)
+    with pytest.raises(lora_fx.BaseMismatchError, match="other values"):
+        lora_fx.load_adapter(other, path)
+    watch.check()
+    lora_fx.load_adapter(other, path, base_check="shape")
+
+
+def test_values_check_takes_the_base_in_another_precision(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    half = model(0).bfloat16()
+    lora_fx.save_adapter(lora_fx.inject(half, Policy(Rule(rank=2)), X.bfloat16()), path)
+    with pytest.raises(lora_fx.BaseMismatchError, match="dtype"):
+        lora_fx.load_adapter(model(0), path)
+    lora_fx.load_adapter(model(0), path, base_check="values")
+    with pytest.raises(lora_fx.BaseMismatchError, match="other values"):
+        lora_fx.load_adapter(model(1), path, base_check="values")
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_damaged_file(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2)), X), path)
+    path.write_bytes(path.read_bytes()[:cut])
+    subject = model()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.AdapterFileError, match=r"a\.safetensors"):
+        lora_fx.load_adapter(subject, path)
+    watch.check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_at_fold(value: float) -> None:
+    subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
+    lora_fx.parameters(subject)[0].data[0, 0] = value
+    names = list(subject.state_dict())
+    with pytest.raises(lora_fx.AdapterValueError, match="weight"):
+        lora_fx.fold(subject)
+    with pytest.raises(lora_fx.AdapterValueError), lora_fx.folded(subject):
+        pass
+    assert list(subject.state_dict()) == names
+    assert type(subject[0]).__mro__[1] is nn.Linear
+
+
+def test_wrapped_models_are_refused() -> None:
+    wrapped = nn.DataParallel(model())
+    watch = _Untouched(wrapped)
+    with pytest.raises(lora_fx.WrappedModelError, match="Inject first"):
+        lora_fx.inject(wrapped, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
+class _CachedView(nn.Module):
+    """Keeps a view of its weight from __init__: no property can reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.cached = self.linear.weight.data.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + x @ self.cached
+
+
+def test_the_probe_refuses_a_weight_that_is_read_past_its_module() -> None:
+    subject = _CachedView()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.ProbeError, match=r"linear\.weight"):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
+class _NoEffect(nn.Module):
+    """The second layer's result is multiplied by zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + 0 * self.second(x)
+
+
+def test_the_probe_refuses_an_adapter_without_effect() -> None:
+    subject = _NoEffect()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.ProbeError, match=r"second\.weight"):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    watch.check()
