@@ -37,15 +37,17 @@ def test_invariant(odd: tuple[nn.Module, torch.Tensor], dtype: torch.dtype, mode
     model, inputs = odd
     model = model.to(dtype)
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
-    base = model(inputs)
-    lora_fx.inject(model, EVERYTHING, inputs, seed=0)
-    assert torch.equal(model(inputs), base)
+    # torch picks kernels by requires_grad (matmul's folding, attention's fast path): hold it equal.
+    with torch.no_grad():
+        base = model(inputs)
+        lora_fx.inject(model, EVERYTHING, inputs, seed=0)
+        assert torch.equal(model(inputs), base)
     randomise(model)
     model.train(mode)
-    found = model(inputs)
+    found = model(inputs).detach()
     assert distance(found, base) > 1e-3, "the adapters change nothing: the test would prove nothing"
     with lora_fx.folded(model):
-        folded = model(inputs)
+        folded = model(inputs).detach()
     assert distance(found, folded) <= (1e-5 if dtype == torch.float32 else 1e-10)
     lora_fx.verify(model, inputs).raise_for_failure()
 
@@ -91,11 +93,12 @@ def test_save_and_load(odd: tuple[nn.Module, torch.Tensor], tmp_path: object) ->
     path = f"{tmp_path}/adapter.safetensors"
     lora_fx.save_adapter(model, path)
     lora_fx.load_adapter(plain, path)
-    assert torch.equal(plain(inputs), model(inputs))
+    with torch.no_grad():
+        assert torch.equal(plain(inputs), model(inputs))
     assert not any(p.requires_grad for p in plain.parameters())
 
 
-def test_copies_and_pickles_work_and_are_independent(odd: tuple[nn.Module, torch.Tensor]) -> None:
+def test_copies_are_independent(odd: tuple[nn.Module, torch.Tensor]) -> None:
     model, inputs = odd
     lora_fx.inject(model, EVERYTHING, inputs, seed=0)
     randomise(model)
