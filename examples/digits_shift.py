@@ -21,7 +21,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import lora_fx
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
 class DigitNet(nn.Module):
     """8x8 images -> convolutions -> sixteen tokens -> two transformer blocks -> ten classes."""
 
-    def __init__(self, dim: int = 96) -> None:
+    def __init__(self, dim: int = 64) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
         self.down = nn.Sequential(nn.Conv2d(32, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim), nn.ReLU())
@@ -111,9 +111,9 @@ def train(model: nn.Module, data: Data, *, epochs: int, lr: float, label: str) -
     images, labels = data
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * (len(images) // 64 + 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * (len(images) // 128 + 1))
     for _ in track(range(epochs), label, console=console):
-        for index in torch.randperm(len(images)).split(64):
+        for index in torch.randperm(len(images)).split(128):
             optimiser.zero_grad()
             F.cross_entropy(model(images[index]), labels[index]).backward()
             optimiser.step()
@@ -171,7 +171,7 @@ def main() -> None:
 
     # 2. Inject, train on the new camera, save, export with proof.
     lora_fx.inject(traced, policy, seed=0)
-    train(model, shifted, epochs=20, lr=1e-2, label="adapting to the new camera")
+    train(model, shifted, epochs=20, lr=4e-3, label="adapting to the new camera")
     lora_fx.save_adapter(model, OUT / "camera.safetensors")
     certificate = lora_fx.export_onnx(model, OUT / "camera.onnx", example, base=OUT / "base.onnx")
     adapted_accuracy = accuracy(model, shifted_test)
@@ -180,7 +180,7 @@ def main() -> None:
     second = lora_fx.Policy(lora_fx.Train(module="head"), lora_fx.Rule(role="qkvo", rank=4))
     lora_fx.inject(model, second, example, adapter="turns", seed=0)
     lora_fx.set_adapter(model, "turns")
-    train(model, turned, epochs=20, lr=1e-2, label="learning a second task    ")
+    train(model, turned, epochs=20, lr=4e-3, label="learning a second task    ")
     lora_fx.save_adapter(model, OUT / "turns.safetensors", adapter="turns")
     turns_accuracy = accuracy(model, turned_test)
     turns_certificate = lora_fx.export_onnx(model, OUT / "turns.onnx", example, base=OUT / "base.onnx")

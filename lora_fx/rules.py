@@ -149,11 +149,11 @@ class Filters:
         return index < self.depth if self.depth >= 0 else index >= total + self.depth
 
     def describe(self) -> str:
-        """Return the rule as its user wrote it, defaults left out."""
+        """Return the rule as its user wrote it, defaults left out (but never the rank)."""
         given = [
             f"{name}={_shown(value)}"
             for name, value in vars(self).items()
-            if value != type(self).__dataclass_fields__[name].default
+            if name == "rank" or value != type(self).__dataclass_fields__[name].default
         ]
         return f"{type(self).__name__}({', '.join(given)})"
 

@@ -72,8 +72,8 @@ def _check_finite(tensor: Tensor, where: str) -> None:
 def folded(model: nn.Module, adapter: str | None = None) -> Generator[nn.Module]:
     """Inside, the model is the base model with ``W`` in place of ``W0``; bitwise restored afterwards.
 
-    Normalisations that are frozen in the injected model stay frozen, so that the function is the injected model's in
-    train mode too.
+    Normalisations that are frozen in the injected model stay frozen, so that the function is the
+    injected model's in train mode too.
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.

@@ -7,6 +7,7 @@ into a tensor that nobody reads again. A guarded weight computes like any tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -56,11 +57,23 @@ class EffectiveWeight(Tensor):
         return self.detach().as_subclass(Tensor).clone()
 
 
-def guarded(weight: Tensor) -> Tensor:
-    """Return the weight guarded against writes; plain where the program is being captured."""
-    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+def guarded(weight: Tensor, reader: FrameType | None) -> Tensor:
+    """Return the weight guarded against writes; plain where the program is being captured.
+
+    It is plain, too, where a forward of torch's own reads it: those only read, and they take their fast
+    paths (attention's, in eval) for plain tensors alone.
+    """
+    if torch.compiler.is_compiling() or type(weight) is not Tensor or _stock_forward(reader):
         return weight
     return cast("Tensor", weight.as_subclass(EffectiveWeight))
+
+
+def _stock_forward(reader: FrameType | None) -> bool:
+    return (
+        reader is not None
+        and reader.f_code.co_name == "forward"
+        and str(reader.f_globals.get("__name__", "")).startswith("torch.nn.modules.")
+    )
 
 
 def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

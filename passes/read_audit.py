@@ -35,7 +35,9 @@ def audit(target: nn.Module | Plan | str | Path) -> Audit:
 def _of_model(model: nn.Module) -> Audit:
     record, name = require(model, None)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
-    return audit_plan(record.plans[name], None if on_meta else deltas(model, name), f"model, adapter {name!r}")
+    return audit_plan(
+        record.plans[name], None if on_meta else deltas(model, name), f"model, adapter {name!r}"
+    )
 
 
 def _of_onnx(path: Path) -> Audit:

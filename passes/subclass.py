@@ -12,10 +12,12 @@ and, where the module's forward is stock, a ``forward`` that computes the branch
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_fx.kinds.base import LiveParts, transposed
@@ -151,7 +153,9 @@ def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def get(self: nn.Module) -> Tensor | None:
         try:
             weight = current_weight(self, name)
-            return weight if weight is None or is_own(self, weight) else guarded(weight)
+            if weight is None or torch.compiler.is_compiling() or is_own(self, weight):
+                return weight
+            return guarded(weight, sys._getframe(1))
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error

@@ -62,6 +62,11 @@ class MatmulKind(Kind):
         """``addmm(bias, x, weight)``."""
         return {"addmm": 2}
 
+    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
+        """``x W``: columns first."""
+        del op
+        return columns_form(shape)
+
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:
         """The ``Conv1D`` of transformers, where it is in use."""

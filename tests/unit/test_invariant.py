@@ -38,6 +38,7 @@ def test_invariant(odd: tuple[nn.Module, torch.Tensor], dtype: torch.dtype, mode
     model = model.to(dtype)
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     # torch picks kernels by requires_grad (matmul's folding, attention's fast path): hold it equal.
+    model.requires_grad_(False)
     with torch.no_grad():
         base = model(inputs)
         lora_fx.inject(model, EVERYTHING, inputs, seed=0)
