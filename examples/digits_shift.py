@@ -39,6 +39,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -56,6 +57,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend, then transform each token."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -73,6 +75,7 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(dim, 10)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return a score for each class."""
         x = self.down(self.stem(image)).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)

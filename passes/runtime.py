@@ -144,7 +144,7 @@ def branchable(held: Binding) -> dict[str, Branched]:
 
 def raw(module: nn.Module, name: str) -> Tensor:
     """Return ``W0``, or another Parameter or buffer of the module, past every property."""
-    tensor = own_parameters(module).get(name)
+    tensor: Tensor | None = own_parameters(module).get(name)
     if tensor is None:
         tensor = own_buffers(module).get(name)
     if tensor is None:

@@ -12,7 +12,7 @@ and, where the module's forward is stock, a ``forward`` that computes the branch
 
 from __future__ import annotations
 
-import sys
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -155,7 +155,8 @@ def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
             weight = current_weight(self, name)
             if weight is None or torch.compiler.is_compiling() or is_own(self, weight):
                 return weight
-            return guarded(weight, sys._getframe(1))
+            frame = inspect.currentframe()
+            return guarded(weight, None if frame is None else frame.f_back)
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error

@@ -32,7 +32,6 @@ FUNCTIONS = {
     "disable_adapter",
     "export_onnx",
     "fold",
-    "fold_onnx",
     "folded",
     "inject",
     "load_adapter",
