@@ -107,6 +107,8 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
 
 def _sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:
     for path, module, attribute, spec in adapter_sites(model, adapter):
+        if spec.buffer:
+            continue
         yield (f"{path}.{attribute}" if path else attribute), module, attribute, spec
 
 
@@ -155,8 +157,8 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
 def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Generator[None]:
     """Inside, every other weight's adapter is at its start."""
     saved: list[tuple[dict[str, SiteSpec], SiteSpec]] = []
-    for _, module, attribute, _ in list(adapter_sites(model, adapter)):
-        if raw(module, attribute) is keep:
+    for _, module, attribute, spec in list(adapter_sites(model, adapter)):
+        if raw(module, attribute) is keep or spec.buffer:
             continue
         specs = module.__dict__[BINDING].sites[attribute]
         saved.append((specs, specs.pop(adapter)))
