@@ -22,7 +22,7 @@ Mask = Tensor
 """A boolean per output row of a site's matrix form."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feed:
     """The rows of one site that feed a value through one call; ``stable`` if both draws agree."""
 

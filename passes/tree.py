@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -26,8 +24,11 @@ def sites_from_modules(model: nn.Module) -> tuple[Site, ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
         tensors[id(parameter)] = parameter
-    found = [_site(tuple(names[key]), tensor, modules) for key, tensor in tensors.items()]
-    return tuple(site for site in found if len(site.shape) >= 2 or site.unfit == LAZY)
+    return tuple(
+        _site(tuple(names[key]), tensor, modules)
+        for key, tensor in tensors.items()
+        if is_lazy(tensor) or tensor.dim() >= 2
+    )
 
 
 def _site(names: tuple[str, ...], parameter: Tensor, modules: dict[str, nn.Module]) -> Site:
@@ -59,4 +60,4 @@ def _owned(
             form = kind.owned(modules[path]).get(attribute)
             if form is not None and form.shape == shape:
                 return kind.name, form, kind.unfit(modules[path])
-    return "other", rows_form(shape if math.prod(shape) else ()), None
+    return "other", rows_form(shape or (1,)), None
