@@ -37,17 +37,20 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: its probabilities' node (or the whole call), its products and what mixes its heads.
+    """One attention: its probabilities' node (or the whole call), their logits, its products.
 
     ``scores`` are the products of a query with a key, the content's alone where positions have their
     own; query and key are still to be told apart. ``position`` are factors that stand beside the
-    content's, ``bias`` site calls whose result is added to the scores, ``masks`` values that are.
+    content's, ``bias`` site calls whose result is added to the scores, ``masks`` values that are,
+    ``mixers`` site calls that mix its heads.
     """
 
     node: fx.Node
+    values: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    logits: fx.Node | None = None
+    dim: int = -1
     scores: tuple[Product, ...] = ()
-    values: tuple[fx.Node, ...] = ()
-    outputs: tuple[fx.Node, ...] = ()
     position: tuple[fx.Node, ...] = ()
     bias: tuple[fx.Node, ...] = ()
     mixers: tuple[fx.Node, ...] = ()
@@ -57,6 +60,13 @@ class Attention:
     def fused(self) -> bool:
         """Whether one call is the whole attention."""
         return self.node.meta.get("op") in FUSED_ATTENTION
+
+    @property
+    def veins(self) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+        """The calls through which values flow by some arguments only, with those arguments."""
+        yield from ((output, (value,)) for output, value in zip(self.outputs, self.values, strict=True))
+        if not self.fused:
+            yield self.node, ()
 
 
 def find_attentions(flow: Flow) -> tuple[Attention, ...]:
@@ -91,7 +101,40 @@ def _attention(flow: Flow, node: fx.Node) -> Attention | None:
             return None
         masks = tuple(n for n in node.all_input_nodes if n not in operands and is_floating(n))
         return Attention(node, values=(operands[2],), outputs=(node,), masks=masks)
-    return _around_softmax(flow, node) if op in SOFTMAX else None
+    softmax = softmax_of(node)
+    return None if softmax is None else _around_softmax(flow, node, *softmax)
+
+
+def softmax_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """Return what a node is the softmax of, and over which dimension; None where it is none.
+
+    ``exp(x - logsumexp(x))`` and ``exp(x) / sum(exp(x))`` are softmaxes too.
+    """
+    op = node.meta.get("op")
+    if op in SOFTMAX:
+        return node.all_input_nodes[0], _dimension(node)
+    if op not in {"exp", "div"}:
+        return None
+    above = node.args[0]
+    if not isinstance(above, fx.Node):
+        return None
+    whole = above.args if op == "exp" else node.args
+    total = whole[1] if len(whole) > 1 else None
+    if not isinstance(total, fx.Node) or not above.all_input_nodes:
+        return None
+    spelled = (above.meta.get("op"), total.meta.get("op")) == (
+        ("sub", "logsumexp") if op == "exp" else ("exp", "sum")
+    )
+    summed = above.args[0] if op == "exp" else above
+    if not spelled or total.args[0] is not summed:
+        return None
+    return above.all_input_nodes[0], _dimension(total)
+
+
+def _dimension(call: fx.Node) -> int:
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
+    dim = dim[0] if isinstance(dim, (tuple, list)) else dim
+    return dim if isinstance(dim, int) else -1
 
 
 def fused_operands(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -101,8 +144,8 @@ def fused_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(n for n in given if isinstance(n, fx.Node))
 
 
-def _around_softmax(flow: Flow, softmax: fx.Node) -> Attention | None:
-    before = _scores(flow, softmax)
+def _around_softmax(flow: Flow, softmax: fx.Node, logits: fx.Node, dim: int) -> Attention | None:
+    before = _scores(flow, logits)
     if not before.products:
         return None
     values, outputs, after = _weighted(flow, softmax)
@@ -111,7 +154,15 @@ def _around_softmax(flow: Flow, softmax: fx.Node) -> Attention | None:
     content = _content(flow, before.products)
     beside = [f for product in before.products if product not in content for f in product.factors]
     return Attention(
-        softmax, content, values, outputs, tuple(beside), tuple(before.bias), (*before.mixers, *after)
+        softmax,
+        values,
+        outputs,
+        logits=logits,
+        dim=dim,
+        scores=content,
+        position=tuple(beside),
+        bias=tuple(before.bias),
+        mixers=(*before.mixers, *after),
     )
 
 
@@ -122,11 +173,11 @@ class _Before:
     mixers: list[fx.Node]
 
 
-def _scores(flow: Flow, softmax: fx.Node) -> _Before:
-    """Walk up from a softmax to the products that make its scores."""
+def _scores(flow: Flow, logits: fx.Node) -> _Before:
+    """Walk up from the logits of a softmax to the products that make them."""
     found = _Before([], [], [])
     seen: set[fx.Node] = set()
-    stack = [n for n in softmax.all_input_nodes if is_floating(n)]
+    stack = [logits]
     while stack:
         node = stack.pop()
         if node in seen:

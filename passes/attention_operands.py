@@ -41,36 +41,29 @@ class Orientation:
         queries: list[fx.Node] = []
         keys: list[fx.Node] = []
         for product in attention.scores:
-            query, key = (
-                product.factors if self._left_asks(attention.node, product) else product.factors[::-1]
-            )
+            query, key = product.factors if self._left_asks(attention, product) else product.factors[::-1]
             queries.append(query)
             keys.append(key)
         return Operands(tuple(dict.fromkeys(queries)), tuple(dict.fromkeys(keys)), attention.values)
 
-    def _left_asks(self, softmax: fx.Node, product: Product) -> bool:
-        scores = softmax.all_input_nodes[0]
-        if product.left is product.right or not shape_of(scores):
+    def _left_asks(self, attention: Attention, product: Product) -> bool:
+        scores = attention.logits
+        if scores is None or product.left is product.right or not shape_of(scores):
             return True
         segment = segment_between(scores, product.factors, self.flow.order)
-        key = (structure(segment), softmax.args[1:], tuple(softmax.kwargs.items()))
+        key = (structure(segment), attention.dim)
         if key not in self._known:
             run = Replay(segment, DRAWS[0])
             counts = dict.fromkeys(segment.leaves, 0)
             for index in _places(shape_of(scores)):
                 cotangent = torch.zeros(shape_of(scores))
                 where: list[Any] = list(index)
-                where[_dimension(softmax)] = slice(None)
+                where[attention.dim] = slice(None)
                 cotangent[tuple(where)] = 1.0
                 for leaf, gradient in zip(segment.leaves, run.pulled_back(cotangent), strict=True):
                     counts[leaf] += int((gradient != 0).sum())
             self._known[key] = counts[product.left] <= counts[product.right]
         return self._known[key]
-
-
-def _dimension(softmax: fx.Node) -> int:
-    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else -1)
-    return dim if isinstance(dim, int) else -1
 
 
 def _places(shape: tuple[int, ...]) -> list[list[int]]:

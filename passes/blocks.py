@@ -55,6 +55,8 @@ def blocks_of(model: nn.Module, flow: Flow, sites: Sequence[Site]) -> dict[str, 
 def _rows(model: nn.Module, sites: Sequence[Site]) -> list[list[_Unit]]:
     below: dict[str, list[Site]] = {}
     for site in sites:
+        if not site.uses and site.twin is None:
+            continue
         parts = site.module.split(".")
         for end in range(1, len(parts) + 1):
             below.setdefault(".".join(parts[:end]), []).append(site)

@@ -19,23 +19,23 @@ def stems(flow: Flow) -> Iterator[Link]:
                 yield link
 
 
-def heads(flow: Flow) -> Iterator[Link]:
-    """Yield the uses that make an output.
+def heads(flow: Flow) -> Iterator[tuple[Link, bool]]:
+    """Yield the uses that make an output and have no site downstream, and whether all outputs pass them by.
 
-    A head has no site downstream, and some output is made of it alone: where a site upstream of it
-    reaches that output past it, the output is a residual stream and the use one more block's.
+    An output passes a site by where another one upstream of it reaches that output without it: then the
+    output is a residual stream, and the site may be one more block's.
     """
     last = set(flow.calls) - _with_site_below(flow)
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, bool] = {}
     for leaf in _leaves(flow.graph):
         makers = flow.makers(leaf)
         for call in makers:
-            bypassed = any(flow.above(call, other) for other in makers)
-            if call in last and not bypassed and not flow.is_embedding(call):
-                found.add(call)
+            if call in last and not flow.is_embedding(call):
+                bypassed = any(flow.above(call, other) for other in makers)
+                found[call] = found.get(call, True) and bypassed
     for call in flow.calls:
         if call in found:
-            yield from flow.links[call]
+            yield from ((link, found[call]) for link in flow.links[call])
 
 
 def _with_site_below(flow: Flow) -> set[fx.Node]:

@@ -24,6 +24,7 @@ from lora_fx.passes.op_groups import (
     FUSED_ATTENTION,
     MIXTURES,
     PRODUCTS,
+    SCALINGS,
     SELECTIONS,
     SOFTMAX,
     SUMS,
@@ -196,6 +197,8 @@ def _returns_to_stream(flow: Flow, down: fx.Node, up: fx.Node) -> bool:
                 continue
             seen.add(user)
             op = user.meta.get("op")
+            if op in SCALINGS and shape_of(user) != shape_of(node):
+                continue  # it scales something larger: a gate's result is no block's
             if op in SUMS:
                 others = [n for n in flow.sources(user) if n is not node]
                 if any(n in stream or flow.near(n) & makers for n in others):

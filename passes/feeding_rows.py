@@ -61,7 +61,7 @@ class Feeding:
         taps = [_tap(call, link) for call in calls for link in self.flow.links[call]]
         if not taps:
             return ()
-        severed = {**self.flow.veins, **{tap.call: tap.weight for tap in taps if tap.weight is not None}}
+        severed = {**self.flow.veins, **{tap.call: (tap.weight,) for tap in taps if tap.weight is not None}}
         leaves = [tap.leaf for tap in taps]
         segment = segment_between(target, leaves, self.flow.order, cut=cut, severed=severed)
         key = (structure(segment), tuple(tap.layout for tap in taps), part)

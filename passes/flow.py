@@ -45,8 +45,8 @@ class Flow:
     ``links`` are the site uses at each call; ``calls`` those calls in order; ``reach[node]`` is the set
     of calls at or above a node, as the bits of an integer (bit i is call i); ``data`` are the nodes that
     depend on the run's inputs, which what is computed from positions and parameters alone does not.
-    ``veins`` names the calls through which a value flows by one argument only: an attention's output is
-    made of its values, its probabilities only weigh them.
+    ``veins`` names the calls through which a value flows by some arguments only: an attention's output is
+    made of its values, its probabilities only weigh them, and are made of nothing.
     """
 
     def __init__(self, graph: fx.Graph, sites: Iterable[Site]) -> None:
@@ -62,7 +62,7 @@ class Flow:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.reach: dict[fx.Node, int] = {}
         self.data: set[fx.Node] = set()
-        self.veins: dict[fx.Node, fx.Node] = {}
+        self.veins: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._near: dict[fx.Node, int] = {}
         for node in graph.nodes:
             reach = self.bit.get(node, 0)
@@ -74,8 +74,8 @@ class Flow:
             ):
                 self.data.add(node)
 
-    def follow_veins(self, veins: Mapping[fx.Node, fx.Node]) -> None:
-        """From now on, follow values through these calls by the one argument named for each."""
+    def follow_veins(self, veins: Mapping[fx.Node, tuple[fx.Node, ...]]) -> None:
+        """From now on, follow values through these calls by the arguments named for each."""
         self.veins.update(veins)
         self._near.clear()
 
@@ -126,7 +126,7 @@ class Flow:
     def sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield the arguments of a node whose floating values it carries on."""
         if node in self.veins:
-            return iter((self.veins[node],))
+            return iter(self.veins[node])
         return (source for source in node.all_input_nodes if is_floating(source))
 
     def fed_by_data(self, call: fx.Node) -> bool:

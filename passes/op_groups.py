@@ -24,7 +24,7 @@ SOFTMAX = _words("softmax softmax_")
 TRANSPARENT_TO_SCORES = _words(
     """
     add add_ sub sub_ rsub mul mul_ div div_ rdiv neg where masked_fill masked_fill_ clamp clamp_ tanh
-    nan_to_num to float half bfloat16 double type type_as clone contiguous detach data after
+    sigmoid     nan_to_num to float half bfloat16 double type type_as clone contiguous detach data after
     view view_as reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze
     expand expand_as repeat tile repeat_interleave getitem select narrow split split_with_sizes chunk unbind
     stack cat concat pad constant_pad_nd roll flip gather index index_select index_put index_put_ diagonal
@@ -49,6 +49,8 @@ FACTORIES = _words(
 
 SUMS = _words("add add_ sub sub_ rsub addcmul addcmul_ addcdiv lerp")
 """Sums of two activations: where a residual stream joins."""
+
+SCALINGS = _words("mul mul_")
 
 CASTS = _words("to float half bfloat16 double type type_as")
 

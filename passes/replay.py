@@ -37,7 +37,7 @@ class Segment:
     target: fx.Node
     leaves: tuple[fx.Node, ...]
     live: tuple[fx.Node, ...]
-    severed: Mapping[fx.Node, fx.Node]
+    severed: Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
 def segment_between(
@@ -46,12 +46,12 @@ def segment_between(
     order: Mapping[fx.Node, int],
     *,
     cut: Iterable[fx.Node] = (),
-    severed: Mapping[fx.Node, fx.Node] | None = None,
+    severed: Mapping[fx.Node, tuple[fx.Node, ...]] | None = None,
 ) -> Segment:
     """Collect what depends on a leaf and is needed for the target.
 
-    Nothing is followed through the nodes of ``cut``, and through those of ``severed`` only by the one
-    argument named there.
+    Nothing is followed through the nodes of ``cut``, and through those of ``severed`` only by the
+    arguments named there.
     """
     severed = severed or {}
     leaves = tuple(sorted(set(leaves), key=order.__getitem__))
@@ -74,8 +74,8 @@ def segment_between(
     return Segment(target, leaves, tuple(node for node in live if node not in leaves), severed)
 
 
-def _followed(node: fx.Node, severed: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    return [severed[node]] if node in severed else node.all_input_nodes
+def _followed(node: fx.Node, severed: Mapping[fx.Node, tuple[fx.Node, ...]]) -> list[fx.Node]:
+    return list(severed.get(node, node.all_input_nodes))
 
 
 class Replay:
@@ -129,6 +129,8 @@ class Replay:
         shape, stride = shape_of(node), node.meta.get("stride")
         dtype = node.meta.get("dtype", torch.float32)
         drawn = self._draw(shape, torch.complex64 if dtype.is_complex else torch.float32)
+        if node.op == "get_attr":
+            drawn = drawn.abs().to(drawn.dtype)  # a running variance must not be negative
         if stride is None or 0 in stride or 0 in shape or len(stride) != len(shape):
             return drawn
         span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -163,7 +165,11 @@ class Replay:
 
         def value(source: fx.Node) -> Any:
             found = self.value(source)
-            return found.detach() if kept not in {None, source} and isinstance(found, Tensor) else found
+            return (
+                found.detach()
+                if kept is not None and source not in kept and isinstance(found, Tensor)
+                else found
+            )
 
         args = map_arg(node.args, value)
         kwargs = map_arg(dict(node.kwargs), value)
@@ -177,10 +183,19 @@ class Replay:
             return _cast(op, args, kwargs, node)
         if op == "setitem" or op.endswith("_") or "writes" in node.meta:
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        if op == "as_strided_scatter":
+            return _scattered(*args)
         result = _apply(node, args, kwargs)
         if op in _EMPTY and isinstance(result, Tensor):
             return torch.zeros_like(result)
         return args[0] if op == "setitem" else result
+
+
+def _scattered(base: Tensor, source: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
+    """Write into a clone: torch 2.13's own gradient of as_strided_scatter keeps what it should drop."""
+    result = base.clone()
+    result.as_strided(size, stride, offset).copy_(source)
+    return result
 
 
 def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import fx
 
@@ -66,9 +66,7 @@ def assign_roles(trace: Trace, sites: tuple[Site, ...]) -> tuple[Site, ...]:
     flow = Flow(trace.graph, sites)
     ledger = _Ledger(sites)
     attentions = find_attentions(flow)
-    flow.follow_veins(
-        {out: value for a in attentions for out, value in zip(a.outputs, a.values, strict=True)}
-    )
+    flow.follow_veins({node: through for attention in attentions for node, through in attention.veins})
     feeding, orientation = Feeding(flow), Orientation(flow)
     for attention in attentions:
         _name_attention(ledger, flow, feeding, attention, orientation.operands(attention))
@@ -80,8 +78,8 @@ def assign_roles(trace: Trace, sites: tuple[Site, ...]) -> tuple[Site, ...]:
             ledger.name(site, role, mask)
     for link in routers(flow):
         ledger.name(link.site, "router")
-    _name_ends(ledger, flow)
     depth, place = depths(flow), blocks_of(trace.model, flow, sites)
+    _name_ends(ledger, flow, place)
     return _twins(
         dataclasses.replace(site, depth=depth.get(site.name), block=place.get(site.name))
         for site in ledger.named()
@@ -118,7 +116,7 @@ def _name_attention(
         for call in output_calls(flow, attention.outputs, family):
             for link in flow.links[call]:
                 ledger.name(link.site, "o")
-    _note_positions(ledger, flow, attention)
+    _note_beside(ledger, flow, attention, family)
     streams = crossing(flow, _inputs(flow, named["q"]), _inputs(flow, [*named["k"], *named["v"]]))
     if streams is not None:
         for feed in (feed for feeds in named.values() for feed in feeds):
@@ -140,13 +138,14 @@ def _inputs(flow: Flow, feeds: Iterable[Feed]) -> list[fx.Node]:
     return list(dict.fromkeys(node for feed in feeds for node in flow.inputs(feed.call)))
 
 
-def _note_positions(ledger: _Ledger, flow: Flow, attention: Attention) -> None:
-    for node in attention.position:
-        for call in flow.makers(node):
-            if not flow.fed_by_data(call):
-                _note_all(ledger, flow, call, "carries relative positions of an attention")
-    for call in dict.fromkeys([*attention.bias, *(c for node in attention.masks for c in flow.makers(node))]):
-        _note_all(ledger, flow, call, "is added to the scores of an attention")
+def _note_beside(ledger: _Ledger, flow: Flow, attention: Attention, family: Container[fx.Node]) -> None:
+    """Remark on the weights beside query and key: positions, biases and what mixes heads."""
+    beside = [call for node in (*attention.position, *attention.masks) for call in flow.makers(node)]
+    for call in dict.fromkeys([*beside, *attention.bias]):
+        if not flow.fed_by_data(call):
+            _note_all(ledger, flow, call, "carries positions into the scores of an attention")
+        elif call not in family:
+            _note_all(ledger, flow, call, "is added to the scores of an attention")
     for call in attention.mixers:
         _note_all(ledger, flow, call, "mixes the heads of an attention")
 
@@ -168,7 +167,7 @@ def _note_whole_calls(ledger: _Ledger, flow: Flow) -> None:
                 _note_all(ledger, flow, call, f"cross-attention: {streams}")
 
 
-def _name_ends(ledger: _Ledger, flow: Flow) -> None:
+def _name_ends(ledger: _Ledger, flow: Flow, blocks: Container[str]) -> None:
     for call in flow.calls:
         for link in flow.links[call]:
             if flow.is_embedding(call):
@@ -177,5 +176,7 @@ def _name_ends(ledger: _Ledger, flow: Flow) -> None:
         # A weight inside a block that reads the inputs themselves is that block's first, no stem.
         if not ledger.masks[link.site.name].keys() & _INNER:
             ledger.name(link.site, "stem")
-    for link in heads(flow):
-        ledger.name(link.site, "head")
+    for link, bypassed in heads(flow):
+        inner = link.site.name in blocks or ledger.masks[link.site.name].keys() & {"o", "down"}
+        if not (bypassed and inner):
+            ledger.name(link.site, "head")

@@ -13,11 +13,11 @@ def crossing(flow: Flow, query_inputs: Sequence[fx.Node], key_inputs: Sequence[f
     """Return the two streams of a cross-attention in words, or None where there is but one.
 
     The streams are two if the keys' is made without what makes the queries': neither shares its nearest
-    sites with the other, nor is the keys' downstream of the queries'.
+    sites with the other (or what these multiply), nor is the keys' downstream of the queries'.
     """
     if not query_inputs or not key_inputs or set(query_inputs) & set(key_inputs):
         return None
-    queries, keys = _makers(flow, query_inputs), _makers(flow, key_inputs)
+    queries, keys = _upstream(flow, query_inputs), _upstream(flow, key_inputs)
     if queries & keys or any(flow.reach[key] & flow.bit[query] for query in queries for key in keys):
         return None
     if not queries and not keys and _roots(query_inputs) & _roots(key_inputs):
@@ -28,6 +28,12 @@ def crossing(flow: Flow, query_inputs: Sequence[fx.Node], key_inputs: Sequence[f
 
 def _makers(flow: Flow, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return {call for node in nodes for call in flow.makers(node)}
+
+
+def _upstream(flow: Flow, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Makers, and theirs: an operand may be made in two steps (low-rank queries, keys and values)."""
+    makers = _makers(flow, nodes)
+    return makers | _makers(flow, [node for call in makers for node in flow.inputs(call)])
 
 
 def _stream(flow: Flow, nodes: Sequence[fx.Node]) -> str:
