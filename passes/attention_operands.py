@@ -28,10 +28,14 @@ class Operands:
 
 @dataclass
 class Orientation:
-    """Tells query from key by what one row of the scores depends on: one query, but every key."""
+    """Tells query from key by what one row of the scores depends on: one query, but every key.
+
+    A row runs along the axis that the values are summed over.
+    """
 
     flow: Flow
     _known: dict[Any, bool] = field(default_factory=dict[Any, bool])
+    _axes: dict[Any, int] = field(default_factory=dict[Any, int])
 
     def operands(self, attention: Attention) -> Operands:
         """Return the operands of an attention."""
@@ -51,19 +55,38 @@ class Orientation:
         if scores is None or product.left is product.right or not shape_of(scores):
             return True
         segment = segment_between(scores, product.factors, self.flow.order)
-        key = (structure(segment), attention.dim)
+        axis = self._asked_axis(attention)
+        key = (structure(segment), axis)
         if key not in self._known:
             run = Replay(segment, DRAWS[0])
             counts = dict.fromkeys(segment.leaves, 0)
             for index in _places(shape_of(scores)):
                 cotangent = torch.zeros(shape_of(scores))
                 where: list[Any] = list(index)
-                where[attention.dim] = slice(None)
+                where[axis] = slice(None)
                 cotangent[tuple(where)] = 1.0
                 for leaf, gradient in zip(segment.leaves, run.pulled_back(cotangent), strict=True):
                     counts[leaf] += int((gradient != 0).sum())
             self._known[key] = counts[product.left] <= counts[product.right]
         return self._known[key]
+
+    def _asked_axis(self, attention: Attention) -> int:
+        """Return the axis of the probabilities that the product with the values sums over.
+
+        It is the softmax's, but where queries compete for keys.
+        """
+        shape, output = shape_of(attention.node), attention.outputs[0]
+        segment = segment_between(output, [attention.node], self.flow.order)
+        key = (structure(segment), attention.dim)
+        if key not in self._axes:
+            cotangent = torch.zeros(shape_of(output))
+            cotangent[tuple(n - 1 for n in cotangent.shape)] = 1.0
+            (gradient,) = Replay(segment, DRAWS[0]).pulled_back(cotangent)
+            spread = [len(set(places.tolist())) for places in gradient.nonzero(as_tuple=True)]
+            widest = max(range(len(spread)), key=spread.__getitem__, default=attention.dim)
+            alone = [axis for axis, n in enumerate(spread) if n > 1] == [widest]
+            self._axes[key] = widest - len(shape) if alone else attention.dim
+        return self._axes[key]
 
 
 def _places(shape: tuple[int, ...]) -> list[list[int]]:

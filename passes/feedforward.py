@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.kinds.base import shape_of
-from lora_fx.passes.attention_operands import behind_depthwise
+from lora_fx.passes.attention_operands import behind_depthwise, is_depthwise
 from lora_fx.passes.feeding_rows import Feed, Feeding, Mask
 from lora_fx.passes.flow import Flow, is_floating
 from lora_fx.passes.op_groups import (
@@ -91,9 +91,9 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
     if flow.near(source).bit_count() > _MOST_MAKERS:
         return None
     makers: list[fx.Node] = []
-    seen, stack = {source}, [source]
+    seen, stack = {source}, [(source, False)]
     while stack:
-        node = stack.pop()
+        node, scaled = stack.pop()
         op = node.meta.get("op")
         if node in flow.links:
             if flow.is_embedding(node):
@@ -102,17 +102,20 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
             behind = behind_depthwise(flow, node)
             if behind is not None:
                 # What stands before the depthwise convolution is inside too: an activation may.
-                stack.extend(n for n in flow.inputs(node) if n not in seen)
+                stack.extend((n, scaled) for n in flow.inputs(node) if n not in seen)
                 seen.update(flow.inputs(node))
                 makers[-1] = behind
-        elif op in SOFTMAX | FUSED_ATTENTION | SELECTIONS or node in flow.veins:
-            continue  # what an attention or a router adds is another's
+        elif op in FUSED_ATTENTION or node in flow.veins:
+            if scaled:
+                return None  # an attention's output, gated
+        elif op in SOFTMAX | SELECTIONS:
+            continue  # what a router weighs with is another's
         elif op in PRODUCTS or op in MIXTURES:
             return None
         else:
             fresh = [n for n in flow.sources(node) if n not in seen]
             seen.update(fresh)
-            stack.extend(fresh)
+            stack.extend((n, scaled or op in SCALINGS) for n in fresh)
     return _Inside(tuple(dict.fromkeys(makers)), tuple(seen)) if makers else None
 
 
@@ -184,11 +187,7 @@ def _gate_half(glu: fx.Node) -> tuple[int, int, int]:
 
 def _returns_to_stream(flow: Flow, down: fx.Node, up: fx.Node) -> bool:
     """Whether ``down``'s result is added to the stream that ``up`` reads."""
-    stream: set[fx.Node] = set()
-    makers = 0
-    for source in flow.inputs(up):
-        stream |= flow.walk_up(source)
-        makers |= flow.near(source)
+    stream, makers = _stream(flow, up)
     seen, stack = {down}, [down]
     while stack:
         node = stack.pop()
@@ -206,3 +205,18 @@ def _returns_to_stream(flow: Flow, down: fx.Node, up: fx.Node) -> bool:
             if op not in PRODUCTS and op not in SOFTMAX and op not in ACTIVATIONS:
                 stack.append(user)
     return False
+
+
+def _stream(flow: Flow, call: fx.Node) -> tuple[set[fx.Node], int]:
+    """Return what a call multiplies back to its makers, through depthwise convolutions, and these makers."""
+    walked: set[fx.Node] = set()
+    makers = 0
+    for source in flow.inputs(call):
+        walked |= flow.walk_up(source)
+        makers |= flow.near(source)
+        for maker in flow.makers(source):
+            if is_depthwise(flow, maker):
+                inner, above = _stream(flow, maker)
+                walked |= inner
+                makers |= above
+    return walked, makers

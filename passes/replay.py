@@ -23,6 +23,7 @@ from lora_fx.passes.flow import is_floating
 from lora_fx.passes.op_groups import CASTS, DETACHES
 
 _CPU = torch.device("cpu")
+_LEFT_OUT = frozenset({"out", "non_blocking", "pin_memory"})
 _MOVES = frozenset({"cpu", "cuda", "pin_memory"})
 _EMPTY = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize_"})
 
@@ -161,26 +162,14 @@ class Replay:
 
     def _call(self, node: fx.Node) -> Any:
         op = node.meta.get("op", "")
-        kept = self._severed.get(node)
-
-        def value(source: fx.Node) -> Any:
-            found = self.value(source)
-            return (
-                found.detach()
-                if kept is not None and source not in kept and isinstance(found, Tensor)
-                else found
-            )
-
-        args = map_arg(node.args, value)
-        kwargs = map_arg(dict(node.kwargs), value)
         if op in DETACHES or op in _MOVES:
-            return args[0]
-        args = tuple(_portable(a) for a in args)
-        kwargs = {
-            k: _portable(v) for k, v in kwargs.items() if k not in {"out", "non_blocking", "pin_memory"}
-        }
+            value = self._argument(node, node.all_input_nodes[0])
+            return _leaking(value) if op in DETACHES else value
+        arguments: Any = map_arg((node.args, node.kwargs), lambda source: self._argument(node, source))
+        args = tuple(_portable(a) for a in arguments[0])
+        kwargs = {k: _portable(v) for k, v in arguments[1].items() if k not in _LEFT_OUT}
         if op in CASTS and isinstance(args[0], Tensor):
-            return _cast(op, args, kwargs, node)
+            return _cast(args[0], node)
         if op == "setitem" or op.endswith("_") or "writes" in node.meta:
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         if op == "as_strided_scatter":
@@ -189,6 +178,18 @@ class Replay:
         if op in _EMPTY and isinstance(result, Tensor):
             return torch.zeros_like(result)
         return args[0] if op == "setitem" else result
+
+    def _argument(self, node: fx.Node, source: fx.Node) -> Any:
+        """Return the value of one argument, without its gradient where the call is severed there."""
+        value, kept = self.value(source), self._severed.get(node)
+        if kept is None or source in kept or not isinstance(value, Tensor):
+            return value
+        return value.detach()
+
+
+def _leaking(value: Tensor) -> Tensor:
+    """Let part of a gradient through a detach, so that a straight-through estimator does not cancel."""
+    return value.detach() + 0.37 * (value - value.detach()) if value.is_floating_point() else value
 
 
 def _scattered(base: Tensor, source: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
@@ -222,11 +223,9 @@ def _replayed(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
 
 
-def _cast(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], node: fx.Node) -> Tensor:
+def _cast(value: Tensor, node: fx.Node) -> Tensor:
     """A cast keeps floating values floating; where it ends in integers the recorded dtype says so."""
-    del op, kwargs
     dtype = node.meta.get("dtype")
-    value: Tensor = args[0]
     return value if dtype is None else value.to(_replayed(dtype))
 
 

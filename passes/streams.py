@@ -12,13 +12,12 @@ from lora_fx.passes.flow import Flow
 def crossing(flow: Flow, query_inputs: Sequence[fx.Node], key_inputs: Sequence[fx.Node]) -> str | None:
     """Return the two streams of a cross-attention in words, or None where there is but one.
 
-    The streams are two if the keys' is made without what makes the queries': neither shares its nearest
-    sites with the other (or what these multiply), nor is the keys' downstream of the queries'.
+    The streams are two if they share neither their nearest sites nor what those multiply.
     """
     if not query_inputs or not key_inputs or set(query_inputs) & set(key_inputs):
         return None
     queries, keys = _upstream(flow, query_inputs), _upstream(flow, key_inputs)
-    if queries & keys or any(flow.reach[key] & flow.bit[query] for query in queries for key in keys):
+    if queries & keys:
         return None
     if not queries and not keys and _roots(query_inputs) & _roots(key_inputs):
         return None
