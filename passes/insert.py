@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import AdapterNameError, PlanError
-from lora_fx.kinds import KINDS
 from lora_fx.kinds.effective import row_norms
 from lora_fx.matrix import MatrixForm
 from lora_fx.passes import graph_module
@@ -34,8 +33,8 @@ from lora_fx.passes.runtime import (
     injected,
     raw,
 )
-from lora_fx.passes.stock_forward import rewrite, trace_stock
-from lora_fx.passes.subclass import attach, stock_class
+from lora_fx.passes.stock_forward import rewrite, stock_home, trace_stock
+from lora_fx.passes.subclass import attach
 from lora_fx.passes.switch import apply_trainability
 from lora_fx.plans import Decision, Plan
 
@@ -280,8 +279,7 @@ def choose_branches(module: nn.Module) -> None:
     held: Binding = module.__dict__[BINDING]
     held.branched = {}
     forms = branchable(held)
-    homes = tuple(home for kind in KINDS for home in kind.homes)
-    if not forms or held.frozen_norm or stock_class(module, homes) is None:
+    if not forms or held.frozen_norm or stock_home(held.base_class) is None:
         return
     done = rewrite(trace_stock(module, held.base_class), forms)
     held.branched = {name: how for name, how in forms.items() if name in done}

@@ -8,16 +8,18 @@ context managers of arbitrary ones without a word.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.kinds import BY_OP
-from lora_fx.kinds.base import Branch
+from lora_fx.kinds import BY_OP, KINDS, Kind
+from lora_fx.kinds.base import Branch, Call
 from lora_fx.kinds.names import canonical_op
 from lora_fx.matrix import MatrixForm
 
@@ -45,15 +47,51 @@ class _StockTracer(fx.Tracer):
         return True
 
 
+def stock_home(cls: type[nn.Module]) -> tuple[type[nn.Module], Kind] | None:
+    """Return the stock class whose very forward this class runs, with its kind, if there is one.
+
+    The methods that the forward calls must be the stock class's too: a subclass of ``nn.Conv2d`` with a
+    ``_conv_forward`` of its own has a forward of its own.
+    """
+    return next(((home, k) for k in KINDS for home in k.homes if _runs(cls, home)), None)
+
+
+def _runs(cls: type[nn.Module], home: type[nn.Module]) -> bool:
+    if cls.forward is not home.forward:
+        return False
+    called, known = list(home.forward.__code__.co_names), set[str]()
+    while called:
+        name = called.pop()
+        method = inspect.getattr_static(home, name, None)
+        if name in known or not isinstance(method, types.FunctionType):
+            continue
+        known.add(name)
+        if inspect.getattr_static(cls, name) is not method:
+            return False
+        called += method.__code__.co_names
+    return True
+
+
 def trace_stock(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
-    """Trace ``cls.forward`` on the module, whatever the module's class is now."""
+    """Trace ``cls.forward`` on the module, whatever the module's class is now.
+
+    Optional arguments that the kind wants at their defaults (``Kind.defaults``) are left out.
+    """
     tracer = _StockTracer()
     held = module.__class__
     module.__class__ = cls
     try:
-        return tracer.trace(module)
+        return tracer.trace(module, dict(left_out(cls).values()))
     finally:
         module.__class__ = held
+
+
+def left_out(cls: type[nn.Module]) -> dict[int, tuple[str, Any]]:
+    """Return the arguments of a stock forward that its rewritten form leaves out, by place."""
+    found = stock_home(cls)
+    names = frozenset[str]() if found is None else found[1].defaults
+    places = enumerate(inspect.signature(cls.forward).parameters.values())
+    return {i: (p.name, p.default) for i, p in places if p.name in names}
 
 
 def rewrite(graph: fx.Graph, weights: Mapping[str, Branched]) -> frozenset[str]:
@@ -100,7 +138,8 @@ def _weight_of(node: fx.Node) -> fx.Node | None:
 def _parts_suffix(node: fx.Node, adapted: Branched) -> str | None:
     """Say which parts the branch wants: as they are, transposed, or (None) in no form that there is."""
     op = canonical_op(node.target)
-    wanted = BY_OP[op].branch_form(op, adapted.form.shape)
+    call = Call(op, node.args, node.kwargs)
+    wanted = BY_OP[op].branch_form(call, adapted.form.shape)
     if adapted.form == wanted:
         return LORA_SUFFIX
     return TRANSPOSED_SUFFIX if adapted.form == wanted.transposed and not adapted.rows else None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes.guard import guarded
 from lora_fx.passes.registers import own_parameters
@@ -37,6 +38,7 @@ from lora_fx.passes.stock_forward import (
     TRANSPOSED_SUFFIX,
     W0_SUFFIX,
     compile_forward,
+    left_out,
     rewrite,
     trace_stock,
 )
@@ -61,12 +63,6 @@ def detach(module: nn.Module) -> None:
     held.rebound.clear()
 
 
-def stock_class(module: nn.Module, homes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
-    """Return the stock class whose very forward this module's class runs, if there is one."""
-    cls = own_class(module)
-    return next((home for home in homes if cls.forward is home.forward), None)
-
-
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module had before it was adapted."""
     held = binding(module)
@@ -82,8 +78,26 @@ def _forward(module: nn.Module, held: Binding) -> Callable[..., Any] | None:
     if key not in _forwards:
         graph = trace_stock(module, held.base_class)
         rewrite(graph, held.branched)
-        _forwards[key] = compile_forward(graph, held.base_class.__name__)
+        forward = compile_forward(graph, held.base_class.__name__)
+        _forwards[key] = _with_defaults(held.base_class, forward)
     return _forwards[key]
+
+
+def _with_defaults(base: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the module's own forward where an argument is given that the rewritten one leaves out."""
+    absent = left_out(base)
+    if not absent:
+        return forward
+    first, names = min(absent) - 1, [name for name, _ in absent.values()]
+
+    def choose(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the branch, or read the weight by its property where arguments are not the default."""
+        if len(args) > first or any(name in kwargs for name in names):
+            return base.forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    choose.__lora_fx_source__ = forward.__lora_fx_source__  # type: ignore[attr-defined]
+    return choose
 
 
 _forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -134,6 +148,9 @@ def _subclass(
             body[name + W0_SUFFIX] = property(_base_getter(name))
             body[name + LORA_SUFFIX] = property(_parts_getter(name))
             body[name + TRANSPOSED_SUFFIX] = property(_transposed_parts_getter(name))
+        if names:
+            for kind in KINDS:
+                body.update(kind.attributes(base))
         if forward is not None:
             body["forward"] = forward
         if names and forward is not None:
@@ -208,8 +225,9 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Copy and pickle as the module's own class, and adapt the copy anew."""
     del protocol
-    held = self.__dict__[BINDING]
-    return (_blank, (held.base_class,), dict(self.__dict__))
+    held: Binding = self.__dict__[BINDING]
+    state: Any = held.base_class.__getstate__(self)  # type: ignore[misc]
+    return (_blank, (held.base_class,), dict(state))
 
 
 class _Rebuilding:
@@ -224,7 +242,7 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
     held: Binding = state[BINDING]
     self.__class__ = held.base_class
-    nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+    held.base_class.__setstate__(self, state)
     # A copied instance-level forward is bound to the original: bind it anew.
     rebound, held.rebound = held.rebound, {}
     for attribute, value in rebound.items():

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from lora_fx.kinds.base import Call, Kind, LivePart, LiveParts, Operand
+from lora_fx.kinds.bilinear import BilinearKind
 from lora_fx.kinds.conv import ConvKind
+from lora_fx.kinds.conv_transpose import ConvTransposeKind
 from lora_fx.kinds.einsum import EinsumKind
 from lora_fx.kinds.embedding import EmbeddingKind
+from lora_fx.kinds.embedding_bag import EmbeddingBagKind
 from lora_fx.kinds.linear import LinearKind
 from lora_fx.kinds.matmul import MatmulKind
 from lora_fx.kinds.mha import AttentionKind
+from lora_fx.kinds.rnn import RecurrentKind
 
 KINDS: tuple[Kind, ...] = (
     LinearKind(),
     ConvKind(),
+    ConvTransposeKind(),
     EmbeddingKind(),
+    EmbeddingBagKind(),
+    RecurrentKind(),
+    BilinearKind(),
     MatmulKind(),
     AttentionKind(),
     EinsumKind(),

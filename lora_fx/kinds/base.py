@@ -115,19 +115,32 @@ class Kind:
         """The weight's position among the arguments of a branch's operation, where it is not 1."""
         return {}
 
-    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
-        """Return the matrix form that an operation's branch computes with; by default rows first.
+    def branch_form(self, call: Call, shape: tuple[int, ...]) -> MatrixForm:
+        """Return the matrix form that a call's branch computes with; by default rows first.
 
         A weight adapted in the transposed form (a tied embedding and head) is given to the branch as
         ``(B^T, A^T)``; one adapted in another form takes the weight form there.
         """
-        del op
+        del call
         return rows_form(shape)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:
         """Module classes whose own ``forward`` is safe to rewrite (facts: stock forwards only)."""
         return ()
+
+    @property
+    def defaults(self) -> frozenset[str]:
+        """Optional arguments of the homes' forwards that a rewritten forward takes at their defaults.
+
+        A call that gives one runs the home's own forward, which reads the weight by its property.
+        """
+        return frozenset()
+
+    def attributes(self, cls: type[nn.Module]) -> Mapping[str, Any]:
+        """Return what the subclass of an adapted module needs beside a property for each weight."""
+        del cls
+        return {}
 
     def operands(self, call: Call) -> tuple[Operand, ...]:
         """Return the places of the call where a weight may stand."""

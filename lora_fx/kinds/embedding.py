@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
+from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, columns_form
+
+MAX_NORM = "max_norm rewrites the weight in the forward"
 
 
 def adapted_embedding(
@@ -22,18 +26,29 @@ def adapted_embedding(
     *,
     lora: LiveParts,
 ) -> Tensor:
-    """Return ``W0[ids] + sum over parts of scale * A^T[ids] B^T``."""
-    result = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    """Return ``W0[ids] + sum over parts of scale * A^T[ids] B^T``.
+
+    Gradients are those of ``W``: none from the padding, and where they are divided by how often an id
+    occurs, ``W`` itself is looked up.
+    """
+    how = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if lora and scale_grad_by_freq:
+        form = columns_form(tuple(weight.shape))
+        return F.embedding(input, effective_weight(weight, form, lora), *how)
+    result = F.embedding(input, weight, *how)
+    padding = None if padding_idx is None or not lora else (input == padding_idx % weight.shape[0])
     for part in lora:
-        update = _looked_up(input, part.a, part.b, padding_idx, scale_grad_by_freq)
+        update = _looked_up(input, part.a, part.b)
         if part.start is not None:
-            update = update - _looked_up(input, *part.start, padding_idx, scale_grad_by_freq)
+            update = update - _looked_up(input, *part.start)
+        if padding is not None:
+            update = torch.where(padding.unsqueeze(-1), update.detach(), update)
         result = add_rows(result, update * part.scale, part.rows, -1)
     return result
 
 
-def _looked_up(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None, by_freq: bool) -> Tensor:
-    return F.linear(F.embedding(ids, a.t(), padding_idx, None, 2.0, by_freq), b)
+def _looked_up(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.embedding(ids, a.t()), b)
 
 
 class EmbeddingKind(Kind):
@@ -47,9 +62,9 @@ class EmbeddingKind(Kind):
         """The low-rank branch of ``F.embedding``."""
         return {"embedding": adapted_embedding}
 
-    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
+    def branch_form(self, call: Call, shape: tuple[int, ...]) -> MatrixForm:
         """Rows are the embedding's dimensions."""
-        del op
+        del call
         return columns_form(shape)
 
     @property
@@ -63,11 +78,8 @@ class EmbeddingKind(Kind):
         for weight, ids in ((second, first), (first, second)):
             if isinstance(weight, fx.Node) and weight.meta.get("floating") and len(shape_of(weight)) == 2:
                 max_norm = call.arg(3, "max_norm")
-                unfit = (
-                    "max_norm rewrites the weight in the forward"
-                    if isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
-                    else None
-                )
+                given = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+                unfit = MAX_NORM if given else None
                 ids_node = ids if isinstance(ids, fx.Node) else None
                 return (Operand(weight, ids_node, shape_of(weight), out=(1,), inp=(0,), unfit=unfit),)
         return ()
@@ -80,5 +92,4 @@ class EmbeddingKind(Kind):
 
     def unfit(self, module: nn.Module) -> str | None:
         """``max_norm`` rewrites the weight in the forward."""
-        max_norm = getattr(module, "max_norm", None)
-        return None if max_norm is None else "max_norm rewrites the weight in the forward"
+        return None if getattr(module, "max_norm", None) is None else MAX_NORM
