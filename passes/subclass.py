@@ -40,6 +40,7 @@ from lora_fx.passes.stock_forward import (
     compile_forward,
     left_out,
     rewrite,
+    stock_home,
     trace_stock,
 )
 
@@ -61,6 +62,12 @@ def detach(module: nn.Module) -> None:
     for attribute, value in held.rebound.items():
         module.__dict__[attribute] = value
     held.rebound.clear()
+
+
+def stock_class(module: nn.Module, homes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """Return the one of these classes whose very forward the module's class runs, if there is one."""
+    found = stock_home(own_class(module))
+    return None if found is None or found[0] not in homes else found[0]
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
