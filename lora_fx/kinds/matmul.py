@@ -62,9 +62,9 @@ class MatmulKind(Kind):
         """``addmm(bias, x, weight)``."""
         return {"addmm": 2}
 
-    def branch_form(self, op: str, shape: tuple[int, ...]) -> MatrixForm:
+    def branch_form(self, call: Call, shape: tuple[int, ...]) -> MatrixForm:
         """``x W``: columns first."""
-        del op
+        del call
         return columns_form(shape)
 
     @property
