@@ -233,7 +233,8 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Copy and pickle as the module's own class, and adapt the copy anew."""
     del protocol
     held: Binding = self.__dict__[BINDING]
-    state: Any = held.base_class.__getstate__(self)  # type: ignore[misc]
+    own_state: Any = held.base_class.__getstate__
+    state = own_state(self)
     return (_blank, (held.base_class,), dict(state))
 
 
@@ -249,7 +250,7 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
     held: Binding = state[BINDING]
     self.__class__ = held.base_class
-    held.base_class.__setstate__(self, state)
+    held.base_class.__setstate__(self, state)  # type: ignore[no-untyped-call]
     # A copied instance-level forward is bound to the original: bind it anew.
     rebound, held.rebound = held.rebound, {}
     for attribute, value in rebound.items():

@@ -48,7 +48,7 @@ class _Geometry(NamedTuple):
 def _adapted(dims: int) -> Branch:
     transposed = _TRANSPOSED[dims]
 
-    def adapted_conv_transpose(
+    def adapted_conv_transpose(  # noqa: PLR0913 - the operation's own signature
         input: Tensor,  # noqa: A002
         weight: Tensor,
         bias: Tensor | None = None,

@@ -61,7 +61,8 @@ _SETTINGS = (
 def _bags(ids: Tensor, offsets: Tensor | None, a: Tensor, b: Tensor, given: Mapping[str, Any]) -> Tensor:
     # Sparse gradients are for tables that are trained; A is dense.
     weights = given.get("per_sample_weights")
-    how = {**given, "sparse": False, "per_sample_weights": None if weights is None else weights.to(a.dtype)}
+    weights = None if weights is None else weights.to(a.dtype)
+    how: dict[str, Any] = {**given, "sparse": False, "per_sample_weights": weights}
     return F.linear(F.embedding_bag(ids, a.t().contiguous(), offsets, **how), b)
 
 

@@ -72,21 +72,17 @@ class RecurrentKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weights of a stock recurrent module."""
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         if isinstance(module, nn.RNNBase):
             gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-            found = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
             return {
                 name: gate_form(tuple(p.shape), _gates_of(tuple(p.shape), gates, module.hidden_size))
-                for name, p in found.items()
-                if name in module._flat_weights_names
+                for name, p in own.items()
+                if name in _flat_names(module) and p.dim() == 2
             }
         gates = next((n for cls, n in _CELLS.items() if isinstance(module, cls)), 0)
         names = ("weight_ih", "weight_hh") if gates else ()
-        return {
-            name: gate_form(tuple(p.shape), gates)
-            for name in names
-            if (p := module._parameters.get(name)) is not None
-        }
+        return {name: gate_form(tuple(own[name].shape), gates) for name in names if name in own}
 
     def attributes(self, cls: type[nn.Module]) -> Mapping[str, Any]:
         """``nn.RNNBase`` computes with a list of references to its weights: compute that list anew."""
@@ -119,9 +115,14 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, Sequence) and value else value
 
 
+def _flat_names(module: nn.RNNBase) -> list[str]:
+    names: list[str] = vars(module)["_flat_weights_names"]
+    return names
+
+
 def _flat_weights(self: nn.RNNBase) -> list[Any]:
     """Return the weights as the recurrence reads them: the adapted ones effective."""
-    return [getattr(self, name, None) for name in self._flat_weights_names]
+    return [getattr(self, name, None) for name in _flat_names(self)]
 
 
 def _set_flat_weights(self: nn.RNNBase, weights: list[Any]) -> None:
@@ -131,8 +132,8 @@ def _set_flat_weights(self: nn.RNNBase, weights: list[Any]) -> None:
 
 def _init_flat_weights(self: nn.RNNBase) -> None:
     """Refer to the base weights again, as ``nn.RNNBase`` does after ``to`` and the like."""
-    own: Mapping[str, Tensor | None] = self._parameters
-    weights = [own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names]
+    own: Mapping[str, Tensor | None] = vars(self)["_parameters"]
+    weights = [own[n] if n in own else getattr(self, n, None) for n in _flat_names(self)]
     self.__dict__[_FLAT_WEIGHTS] = weights
     self.__dict__["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
 
