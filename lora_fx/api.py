@@ -183,14 +183,18 @@ def load_adapter(
     return model
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, *, min_retained: float = 0.25) -> nn.Module:
     """Put ``W`` in the base's place for good (peft: merge_and_unload); return the same object.
+
+    A half-precision weight rounds a part of a small delta away: below 90 % kept this warns, below
+    ``min_retained`` it is refused.
 
     Raises:
         AdapterNameError: the model has no adapters.
-        AdapterValueError: the adapter holds NaN or infinity; the model is left as it was.
+        AdapterValueError: the adapter holds NaN or infinity, or is rounded away; the model is left as it
+            was.
     """
-    return fold_pass.fold(model)
+    return fold_pass.fold(model, min_retained=min_retained)
 
 
 def folded(model: nn.Module) -> AbstractContextManager[nn.Module]:

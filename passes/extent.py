@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_fx.passes.fold import changes
+from lora_fx.passes.changes import changes
 
 
 def deltas(model: nn.Module, adapter: str | None = None) -> dict[str, float]:

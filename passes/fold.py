@@ -12,60 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.errors import AdapterValueError
+from lora_fx.passes.changes import changes, refuse_rounded_away
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.remove import unload
-from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, effective, injected, raw
+from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
 from lora_fx.passes.subclass import attach, detach
-from lora_fx.passes.switch import adapter_sites, record_of, require
-
-
-@dataclass(frozen=True)
-class Change:
-    """One parameter that folding changes: all its names, ``W0`` and ``W``, same shape and dtype."""
-
-    names: tuple[str, ...]
-    before: Tensor
-    after: Tensor
-
-
-def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change]:
-    """Return what folding the adapter would change, by the parameters' first qualified names.
-
-    Raises:
-        AdapterNameError: the model has no adapters, or not this one.
-        AdapterValueError: an adapter holds NaN or infinity, or ``W`` overflows the weight's dtype.
-    """
-    _, name = require(model, adapter)
-    found: dict[int, Change] = {}
-    with torch.no_grad():
-        for path, module, attribute, spec in adapter_sites(model, name):
-            base = raw(module, attribute)
-            qualified = f"{path}.{attribute}" if path else attribute
-            if id(base) in found:
-                old = found[id(base)]
-                found[id(base)] = Change((*old.names, qualified), old.before, old.after)
-                continue
-            for key in spec.names:
-                _check_finite(raw(module, key), f"{qualified} ({key})")
-            after = effective(module, attribute, spec)
-            if bool(base.isfinite().all()):
-                _check_finite(after, qualified)
-            found[id(base)] = Change((qualified,), base.detach(), after.detach())
-    return {change.names[0]: change for change in found.values()}
-
-
-def _check_finite(tensor: Tensor, where: str) -> None:
-    if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-        raise AdapterValueError(
-            where,
-            expected="finite values",
-            got="NaN or infinity",
-            advice="The training diverged, or the file is damaged: go back to an earlier adapter.",
-        )
+from lora_fx.passes.switch import require
 
 
 @contextmanager
@@ -171,16 +125,18 @@ def _restore(model: nn.Module, saved: list[_Held], record: Injected) -> None:
         model.recompile()
 
 
-def fold(model: nn.Module, adapter: str | None = None) -> nn.Module:
+def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 0.25) -> nn.Module:
     """Put ``W`` in the base's place for good and take all adapters out (peft: merge_and_unload).
+
+    ``min_retained`` is the smallest share of a delta that a half-precision weight must keep of it.
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
-        AdapterValueError: an adapter holds NaN or infinity; the model is left as it was.
+        AdapterValueError: an adapter holds NaN or infinity, or is rounded away by the weight's dtype;
+            the model is left as it was.
     """
     found = changes(model, adapter)
-    record_of(model)
+    refuse_rounded_away(found.values(), min_retained)
     unload(model)
-    new = {name: change.after for change in found.values() for name in change.names}
-    _place(model, new)
+    _place(model, {name: change.after for change in found.values() for name in change.names})
     return model

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.passes.fold import Change, base_only, changes, folded
+from lora_fx.passes.changes import Change, changes
+from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.runtime import injected
 
 State = Callable[[], AbstractContextManager[nn.Module]]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ProbeError
-from lora_fx.passes.fold import changes
+from lora_fx.passes.changes import changes
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names

@@ -152,9 +152,12 @@ def raw(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def effective(module: nn.Module, name: str, spec: SiteSpec) -> Tensor:
-    """Return ``W`` of one adapter: the trained copy, or ``W0`` with its low-rank change."""
-    base = raw(module, name)
+def effective(module: nn.Module, name: str, spec: SiteSpec, base: Tensor | None = None) -> Tensor:
+    """Return ``W`` of one adapter: the trained copy, or ``W0`` with its low-rank change.
+
+    ``base`` stands in for ``W0`` where another precision is wanted.
+    """
+    base = raw(module, name) if base is None else base
     if spec.full is not None:
         return raw(module, spec.full).to(base.dtype)
     if spec.form is None:

@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.adapter_file import AdapterFile, tensor_key
 from lora_fx.fingerprints import fingerprint
 from lora_fx.matrix import MatrixForm, columns_form, rows_form
-from lora_fx.passes.fold import Change
+from lora_fx.passes.changes import Change
 from lora_fx.passes.onnx_state import with_values
 from lora_fx.passes.onnx_subject import Subject
 from lora_fx.plans import Decision, Part, Plan, Reason

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_fx.certificates import Certificate
+from lora_fx.passes.changes import Change
 from lora_fx.passes.export_onnx import export_subject
-from lora_fx.passes.fold import Change
 from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_state import with_values
 from lora_fx.passes.onnx_subject import Subject

@@ -192,3 +192,20 @@ def test_the_probe_refuses_an_adapter_without_effect() -> None:
     with pytest.raises(lora_fx.ProbeError, match=r"second\.weight"):
         lora_fx.inject(subject, Policy(Rule(rank=2)), X)
     watch.check()
+
+
+def test_a_delta_that_half_precision_rounds_away_is_refused_and_a_lossy_one_warned_of() -> None:
+    def injected(size: float) -> nn.Module:
+        subject = lora_fx.inject(model().bfloat16(), Policy(Rule(rank=2)), X.bfloat16(), seed=0)
+        for parameter in lora_fx.parameters(subject):
+            parameter.data.fill_(size)
+        return subject
+
+    watch = _Untouched(subject := injected(1e-3))
+    with pytest.raises(lora_fx.AdapterValueError, match="bfloat16"):
+        lora_fx.fold(subject)
+    watch.check()
+    with pytest.warns(UserWarning, match="folding keeps"):
+        lora_fx.fold(subject, min_retained=0)
+    with pytest.warns(UserWarning, match="folding keeps"):
+        lora_fx.fold(injected(0.05))
