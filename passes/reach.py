@@ -121,16 +121,23 @@ def _follow(user: fx.Node, state: _State, active: frozenset[fx.Node]) -> _State 
         return None
     if "shape" not in user.meta:  # a tuple of views: split, unbind
         return _State(user, state.layout, state.memory, state.computed)
-    size, stride = user.meta["shape"], user.meta.get("stride")
-    if stride is None or not user.meta["floating"]:
+    if "stride" not in user.meta or not user.meta["floating"]:
         return None
-    writes = user.meta.get("writes", ())
+    size, writes = user.meta["shape"], user.meta.get("writes", ())
     if not writes and _same_memory(user, state):
-        layout = None if state.memory is None else state.memory.view(size, stride, user.meta["offset"])
+        stride, offset = user.meta["stride"], user.meta["offset"]
+        layout = None if state.memory is None else state.memory.view(size, stride, offset)
         return _State(user, layout, state.memory, state.computed)
-    if "shape" not in state.node.meta:
-        return None
-    if not writes and user.meta["op"] in COPIES and user.args and user.args[0] is state.node:
+    return None if "shape" not in state.node.meta else _follow_copy(user, state, size, writes)
+
+
+def _follow_copy(
+    user: fx.Node, state: _State, size: tuple[int, ...], writes: tuple[fx.Node, ...]
+) -> _State | None:
+    """Return the state behind a copy, or behind a computation that keeps the shape."""
+    if user.meta["op"] in COPIES:
+        if writes or not user.args or user.args[0] is not state.node:
+            return None
         layout = None if state.layout is None else state.layout.reshaped(size)
         return _copied(user, layout, state.computed)
     if tuple(size) == tuple(state.node.meta["shape"]):

@@ -16,6 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx.kinds.names import canonical_op
 from lora_fx.passes.aliases import Aliases, Geometry, geometry_of, unwrapped
+from lora_fx.passes.calls import (
+    Outcome,
+    collect,
+    collect_paths,
+    descriptor_name,
+    may_write,
+    op_of,
+    spell,
+    version_of,
+)
 
 VALUE_LIMIT = 2**18
 """The most elements of a non-floating tensor, or of a constant, whose values a node keeps."""
@@ -90,7 +100,7 @@ class Recorder(TorchFunctionMode):
         """Write back what the run changed in parameters, inputs and other tensors from outside."""
         with torch.no_grad():
             for tensor, version, value in self._saved.values():
-                if _version(tensor) != version and tensor.device.type != "meta":
+                if version_of(tensor) != version and tensor.device.type != "meta":
                     tensor.detach().copy_(value)
 
     def __torch_function__(
@@ -100,30 +110,30 @@ class Recorder(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         given: list[Tensor] = []
-        _collect(args, given)
-        _collect(kwargs, given)
-        op = _op_of(func)
-        if _may_write(func, op, args, kwargs):
+        collect(args, given)
+        collect(kwargs, given)
+        op = op_of(func)
+        if may_write(func, op, args, kwargs):
             self._save(given)
-        versions = [_version(t) for t in given]
+        versions = [version_of(t) for t in given]
         result = func(*args, **kwargs)
         if op == "__set__":
             self._assigned(func, args)
             return result
-        changed = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
+        changed = [t for t, v in zip(given, versions, strict=True) if version_of(t) != v]
         made: list[tuple[tuple[int, ...], Tensor]] = []
-        _collect_paths(result, (), made)
+        collect_paths(result, (), made)
         if made or changed:
-            self._record(func, op, args, kwargs, _Outcome(made, changed, given))
+            self._record(func, op, args, kwargs, Outcome(made, changed, given))
         return result
 
     def _record(
-        self, func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: _Outcome
+        self, func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome
     ) -> None:
         written = outcome.written(op, args, kwargs)
-        if not written and len(outcome.made) == 1 and self._is_no_op(outcome):
+        if not written and outcome.untouched:
             return
-        kind, target, call_args = _spell(func, args)
+        kind, target, call_args = spell(func, args)
         node = self.graph.create_node(kind, target, self._nodes(call_args, op), self._nodes(kwargs, op))
         node.meta.update(op=op, module=self.path)
         if written:
@@ -156,13 +166,8 @@ class Recorder(TorchFunctionMode):
 
         self._aliases.written(tensor, make)
 
-    def _is_no_op(self, outcome: _Outcome) -> bool:
-        """Whether a call returned its argument, untouched: ``contiguous``, ``to``, dropout in eval."""
-        _, tensor = outcome.made[0]
-        return any(tensor is t for t in outcome.given)
-
     def _assigned(self, func: Any, args: tuple[Any, ...]) -> None:
-        if _descriptor_name(func) == "data" and len(args) == 2 and isinstance(args[1], Tensor):
+        if descriptor_name(func) == "data" and len(args) == 2 and isinstance(args[1], Tensor):
             self._node(args[1], "data")
             self._aliases.moved(args[0], args[1])
 
@@ -273,7 +278,7 @@ class Recorder(TorchFunctionMode):
             if held is None and self._aliases.read(tensor) is None and unwrapped(tensor) is None:
                 held = tensor
             if held is not None and id(held) not in self._saved:
-                self._saved[id(held)] = (held, _version(held), held.detach().clone())
+                self._saved[id(held)] = (held, version_of(held), held.detach().clone())
 
     def _push(self, module: nn.Module, args: Any) -> None:
         del args
@@ -288,32 +293,6 @@ class Recorder(TorchFunctionMode):
                 self._raised = (error, path)
 
 
-class _Outcome:
-    """What one call returned, which of its arguments changed, and all of its arguments."""
-
-    def __init__(
-        self,
-        made: list[tuple[tuple[int, ...], Tensor]],
-        changed: list[Tensor],
-        given: list[Tensor],
-    ) -> None:
-        self.made = made
-        self.changed = changed
-        self.given = given
-
-    def written(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the arguments that the call wrote into; views of them share their version."""
-        named: list[Tensor] = []
-        _collect(kwargs.get("out"), named)
-        if named:
-            return named
-        in_place = (op.endswith("_") and not op.endswith("__")) or op == "setitem"
-        if in_place and args and isinstance(args[0], Tensor):
-            return [args[0]]
-        returned = [t for t in self.changed if any(t is r for _, r in self.made)]
-        return list({id(t): t for t in returned or self.changed}.values())
-
-
 def _first_names(model: nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
 
@@ -326,79 +305,11 @@ def _tensor_attributes(model: nn.Module) -> dict[int, str]:
             if key in {"_parameters", "_buffers", "_modules"}:
                 continue
             inside: list[Tensor] = []
-            _collect(value, inside)
+            collect(value, inside)
             name = f"{path}.{key}" if path else key
             for index, tensor in enumerate(inside):
                 found.setdefault(id(tensor), name if tensor is value else f"{name}[{index}]")
     return found
-
-
-def _collect(value: Any, into: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        into.append(value)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _collect(item, into)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, into)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), into)
-
-
-def _collect_paths(value: Any, path: tuple[int, ...], into: list[tuple[tuple[int, ...], Tensor]]) -> None:
-    if isinstance(value, Tensor):
-        into.append((path, value))
-    elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        for index, item in enumerate(value):
-            _collect_paths(item, (*path, index), into)
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors keep no version: what writes into them is told by the operation's name.
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _op_of(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return _descriptor_name(func)
-    return "__set__" if name == "__set__" else canonical_op(func)
-
-
-def _descriptor_name(func: Any) -> str:
-    descriptor = getattr(func, "__self__", None)
-    name = getattr(descriptor, "__name__", None) or getattr(
-        getattr(descriptor, "fget", None), "__name__", "attribute"
-    )
-    return str(name)
-
-
-def _may_write(func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if op.endswith("_") or op == "setitem" or "out" in kwargs or kwargs.get("inplace"):
-        return True
-    if op in {"embedding", "embedding_bag"}:
-        return kwargs.get("max_norm") is not None or any(isinstance(a, float) for a in args)
-    if any(a is True for a in args):  # F.relu(x, True)
-        return True
-    schema = getattr(func, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
-
-
-def _spell(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Return the node kind, target and arguments for a call."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return "call_function", getattr, (args[0], _descriptor_name(func))
-    if name == "__getitem__":
-        return "call_function", operator.getitem, args
-    if name == "__setitem__":
-        return "call_function", operator.setitem, args
-    if name == "__rmatmul__":
-        return "call_function", torch.matmul, (args[1], args[0])
-    if args and isinstance(args[0], Tensor) and getattr(torch.Tensor, name, None) is func:
-        return "call_method", name, args
-    return "call_function", func, args
 
 
 def _set_geometry(node: fx.Node, geometry: Geometry) -> None:

@@ -1,0 +1,117 @@
+"""Reading one intercepted torch call: its tensors, its canonical name, its spelling in a graph."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.kinds.names import canonical_op
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call returned (with the way to each tensor), which arguments changed, all arguments."""
+
+    made: list[tuple[Path, Tensor]]
+    changed: list[Tensor]
+    given: list[Tensor]
+
+    def written(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the arguments that the call wrote into; views of them share their version."""
+        named: list[Tensor] = []
+        collect(kwargs.get("out"), named)
+        if named:
+            return named
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        # An inference tensor has no version to compare: its operation's name must do.
+        touched = first is not None and (first.is_inference() or any(first is t for t in self.changed))
+        if first is not None and touched and _in_place(op):
+            return [first]
+        returned = [t for t in self.changed if any(t is r for _, r in self.made)]
+        return list({id(t): t for t in returned or self.changed}.values())
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the one result is an argument: ``contiguous``, ``to``, dropout in eval mode."""
+        return len(self.made) == 1 and any(self.made[0][1] is t for t in self.given)
+
+
+def _in_place(op: str) -> bool:
+    return (op.endswith("_") and op != "requires_grad_") or op == "setitem"
+
+
+def collect(value: Any, into: list[Tensor]) -> None:
+    """Append the tensors inside an argument, in order."""
+    if isinstance(value, Tensor):
+        into.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            collect(item, into)
+    elif isinstance(value, dict):
+        for item in value.values():
+            collect(item, into)
+    elif isinstance(value, slice):
+        collect((value.start, value.stop, value.step), into)
+
+
+def collect_paths(value: Any, path: Path, into: list[tuple[Path, Tensor]]) -> None:
+    """Append the tensors inside a result, with the indices that lead to each."""
+    if isinstance(value, Tensor):
+        into.append((path, value))
+    elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        for index, item in enumerate(value):
+            collect_paths(item, (*path, index), into)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the number of writes to a tensor's memory, or -1 for an inference tensor."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def op_of(func: Any) -> str:
+    """Return the canonical name of an intercepted function; reading ``x.T`` is ``"T"``."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return descriptor_name(func)
+    return "__set__" if name == "__set__" else canonical_op(func)
+
+
+def descriptor_name(func: Any) -> str:
+    """Return the attribute that an intercepted ``__get__`` or ``__set__`` is about."""
+    descriptor = getattr(func, "__self__", None)
+    getter = getattr(descriptor, "fget", None)
+    return str(getattr(descriptor, "__name__", None) or getattr(getter, "__name__", "attribute"))
+
+
+def may_write(func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether a call could write into its arguments; batch norm's buffers are kept elsewhere."""
+    if _in_place(op) or "out" in kwargs or kwargs.get("inplace"):
+        return True
+    if op in {"embedding", "embedding_bag"}:
+        return kwargs.get("max_norm") is not None or any(isinstance(a, float) for a in args)
+    if any(a is True for a in args):  # F.relu(x, True)
+        return True
+    schema = getattr(func, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def spell(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Return the node kind, target and arguments that write a call down."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], descriptor_name(func))
+    if name == "__getitem__":
+        return "call_function", operator.getitem, args
+    if name == "__setitem__":
+        return "call_function", operator.setitem, args
+    if name == "__rmatmul__":
+        return "call_function", torch.matmul, (args[1], args[0])
+    if args and isinstance(args[0], Tensor) and getattr(torch.Tensor, name, None) is func:
+        return "call_method", name, args
+    return "call_function", func, args
