@@ -34,7 +34,8 @@ class Outcome:
         if first is not None and touched and _in_place(op):
             return [first]
         returned = [t for t in self.changed if any(t is r for _, r in self.made)]
-        return list({id(t): t for t in returned or self.changed}.values())
+        found = returned or [*self.changed, *_statistics(op, args, kwargs)]
+        return list({id(t): t for t in found}.values())
 
     @property
     def untouched(self) -> bool:
@@ -44,6 +45,15 @@ class Outcome:
 
 def _in_place(op: str) -> bool:
     return (op.endswith("_") and op != "requires_grad_") or op == "setitem"
+
+
+def _statistics(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the running statistics that a normalisation moves, which no version tells."""
+    flag = {"batch_norm": (5, "training"), "instance_norm": (5, "use_input_stats")}.get(op)
+    if flag is None or not (args[flag[0]] if len(args) > flag[0] else kwargs.get(flag[1])):
+        return []
+    held = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
+    return [t for t in held if isinstance(t, Tensor)]
 
 
 def collect(value: Any, into: list[Tensor]) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,13 @@ def after(call: Any, old: Any) -> Any:
     """Stand for a tensor that a call wrote into without returning it (running statistics, say)."""
     del call
     return old
+
+
+class _Call(NamedTuple):
+    func: Any
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Recorder(TorchFunctionMode):
@@ -123,16 +130,14 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, v in zip(given, versions, strict=True) if version_of(t) != v]
         made: list[tuple[tuple[int, ...], Tensor]] = []
         collect_paths(result, (), made)
-        if made or changed:
-            self._record(func, op, args, kwargs, Outcome(made, changed, given))
+        outcome = Outcome(made, changed, given)
+        written = outcome.written(op, args, kwargs)
+        if written or (made and not outcome.untouched):
+            self._record(_Call(func, op, args, kwargs), outcome, written)
         return result
 
-    def _record(
-        self, func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome
-    ) -> None:
-        written = outcome.written(op, args, kwargs)
-        if not written and outcome.untouched:
-            return
+    def _record(self, call: _Call, outcome: Outcome, written: list[Tensor]) -> None:
+        func, op, args, kwargs = call
         kind, target, call_args = spell(func, args)
         node = self.graph.create_node(kind, target, self._nodes(call_args, op), self._nodes(kwargs, op))
         node.meta.update(op=op, module=self.path)

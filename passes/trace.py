@@ -54,12 +54,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
         InputError: the inputs cannot be read, or the model raises on them (chained).
     """
     examples = read_examples(model, example_inputs)
-    subject = copy.deepcopy(model) if _has_lazy(model) else model
+    subject = _initialised_copy(model, examples) if _has_lazy(model) else model
     args, kwargs = _placed(subject, examples)
     recorder = Recorder(subject)
     for name, tensor in named_inputs(subject, args, kwargs):
         recorder.input(name, tensor)
-    output = _run(subject, recorder, args, kwargs)
+    with _errors_named(subject, recorder):
+        output = _run(subject, recorder, args, kwargs)
     recorder.output({".".join(path): tensor for path, tensor in tensors_in(output)})
     return Trace(
         model,
@@ -72,18 +73,25 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
 
 
 def _run(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _quiet(model, args, kwargs), preserved(model), attributes_kept(model):
+        try:
+            with recorder.following_modules(), recorder:
+                return model(*args, **kwargs)
+        finally:
+            recorder.restore_written()
+
+
+@contextlib.contextmanager
+def _errors_named(model: nn.Module, recorder: Recorder | None = None) -> Generator[None]:
+    """Inside, an error that the model raises is one about its inputs, and says in which module."""
     try:
-        with _quiet(model, args, kwargs), preserved(model), attributes_kept(model):
-            try:
-                with recorder.following_modules(), recorder:
-                    return model(*args, **kwargs)
-            finally:
-                recorder.restore_written()
+        yield
     except Exception as error:
+        where = "" if recorder is None else recorder.raised_in(error)
         raise InputError(
             f"example_inputs of {type(model).__name__}",
             expected="inputs that the model runs with",
-            got=f"{type(error).__name__} in {recorder.raised_in(error) or 'its forward'!r}: {error}",
+            got=f"{type(error).__name__} in {where or 'its forward'!r}: {error}",
             advice="Call model(*args, **kwargs) with them first; the model's own error is chained.",
         ) from error
 
@@ -115,6 +123,15 @@ def _fake_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _has_lazy(model: nn.Module) -> bool:
     tensors = [*model.parameters(), *model.buffers()]
     return any(is_lazy(t) for t in tensors)
+
+
+def _initialised_copy(model: nn.Module, examples: Examples) -> nn.Module:
+    """Return a copy of a model with lazy modules, run once so that they know their shapes."""
+    subject = copy.deepcopy(model)
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (fresh(examples.args), fresh(examples.kwargs)))
+    with _errors_named(model), _quiet(subject, args, kwargs), torch.random.fork_rng():
+        subject(*args, **kwargs)
+    return subject
 
 
 def _placed(model: nn.Module, examples: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
