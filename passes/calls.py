@@ -111,6 +111,16 @@ def may_write(func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     return schema is not None and bool(schema.is_mutable)
 
 
+def schema_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operator's own schema says it writes into."""
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            collect(given, found)
+    return found
+
+
 def spell(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """Return the node kind, target and arguments that write a call down."""
     name = getattr(func, "__name__", "")

@@ -6,7 +6,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.passes.registers import own_buffers
 
@@ -14,15 +15,11 @@ from lora_fx.passes.registers import own_buffers
 @contextmanager
 def preserved(model: nn.Module) -> Generator[None]:
     """Inside, the model may be run; afterwards buffers, modes and random states are as before."""
-    buffers = [
-        (
-            module,
-            dict(own_buffers(module)),
-            {k: b.detach().clone() for k, b in own_buffers(module).items() if b is not None},
-        )
-        for module in model.modules()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    # A scripted module cannot replace its buffers, only write into them.
+    registers = [(m, dict(own_buffers(m))) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in modules]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -33,11 +30,14 @@ def preserved(model: nn.Module) -> Generator[None]:
             torch.cuda.set_rng_state_all(cuda)
         for module, training in modes:
             module.training = training
-        for module, held, values in buffers:
+        for module, held in registers:
             own_buffers(module).clear()
             own_buffers(module).update(held)
-            for name, value in values.items():
-                target = own_buffers(module)[name]
-                if target is not None and target.device.type != "meta" and not torch.equal(target, value):
-                    with torch.no_grad():
-                        target.copy_(value)
+        with torch.no_grad():
+            for buffer, value in values:
+                if _has_values(buffer) and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)

@@ -23,6 +23,7 @@ from lora_fx.passes.calls import (
     descriptor_name,
     may_write,
     op_of,
+    schema_writes,
     spell,
     version_of,
 )
@@ -53,11 +54,14 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.graph = fx.Graph()
         self.holes: list[str] = []
+        self.unexplained = False
+        """Whether a tensor turned up that no attribute holds: some call was not seen."""
         self._aliases = Aliases(self._emit)
         self._paths = _first_names(model)
         self._stack: list[str] = []
         self._thread = threading.get_ident()
         self._saved: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._depth = 0
         self._raised: tuple[BaseException | None, str] = (sys.exc_info()[1], "")
         self._attributes = _tensor_attributes(model)
         for name, parameter in model.named_parameters():
@@ -116,6 +120,8 @@ class Recorder(TorchFunctionMode):
         """Run one call and write it down."""
         del types
         kwargs = kwargs or {}
+        if self._depth:
+            return func(*args, **kwargs)
         given: list[Tensor] = []
         collect(args, given)
         collect(kwargs, given)
@@ -123,7 +129,11 @@ class Recorder(TorchFunctionMode):
         if may_write(func, op, args, kwargs):
             self._save(given)
         versions = [version_of(t) for t in given]
-        result = func(*args, **kwargs)
+        self._depth += 1  # what the call calls in turn is its own affair
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._depth -= 1
         if op == "__set__":
             self._assigned(func, args)
             return result
@@ -134,6 +144,27 @@ class Recorder(TorchFunctionMode):
         written = outcome.written(op, args, kwargs)
         if written or (made and not outcome.untouched):
             self._record(_Call(func, op, args, kwargs), outcome, written)
+        return result
+
+    def lower(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation below the level of torch functions, and write it down if no call covers it."""
+        if self._depth:
+            return func(*args, **kwargs)
+        given: list[Tensor] = []
+        collect((args, kwargs), given)
+        written = schema_writes(func, args, kwargs)
+        if written:
+            self._save(written)
+        self._depth += 1  # what the call calls in turn is its own affair
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        made: list[tuple[tuple[int, ...], Tensor]] = []
+        collect_paths(result, (), made)
+        outcome = Outcome(made, written, given)
+        if written or (made and not outcome.untouched):
+            self._record(_Call(func, op_of(func), args, kwargs), outcome, written)
         return result
 
     def _record(self, call: _Call, outcome: Outcome, written: list[Tensor]) -> None:
@@ -225,6 +256,7 @@ class Recorder(TorchFunctionMode):
         """Write down a tensor that is neither input nor parameter nor the result of a recorded call."""
         name = f"_constant_{len(self.holes)}"
         known = self._attributes.get(id(tensor))
+        self.unexplained |= known is None
         what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         origin = f"the attribute {known!r}" if known else "of unknown origin"
         self.holes.append(f"{name}: {what}, {origin}, read by {op} in {self.path!r}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit._fuser import optimized_execution
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,7 @@ from lora_fx.errors import InputError
 from lora_fx.passes.examples import Examples, fresh, named_inputs, read_examples, tensors_in
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.recorder import Recorder
+from lora_fx.passes.second_net import SecondNet
 from lora_fx.passes.snapshot import attributes_kept
 from lora_fx.passes.trace_text import describe
 
@@ -55,13 +57,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     """
     examples = read_examples(model, example_inputs)
     subject = _initialised_copy(model, examples) if _has_lazy(model) else model
-    args, kwargs = _placed(subject, examples)
-    recorder = Recorder(subject)
-    for name, tensor in named_inputs(subject, args, kwargs):
-        recorder.input(name, tensor)
-    with _errors_named(subject, recorder):
-        output = _run(subject, recorder, args, kwargs)
-    recorder.output({".".join(path): tensor for path, tensor in tensors_in(output)})
+    recorder = _record(subject, examples, deep=False)
+    if recorder.unexplained:
+        recorder = _look_deeper(subject, examples, recorder)
     return Trace(
         model,
         recorder.graph,
@@ -72,13 +70,38 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     )
 
 
-def _run(model: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _quiet(model, args, kwargs), preserved(model), attributes_kept(model):
-        try:
-            with recorder.following_modules(), recorder:
-                return model(*args, **kwargs)
-        finally:
-            recorder.restore_written()
+def _record(model: nn.Module, examples: Examples, *, deep: bool) -> Recorder:
+    """Record one run; a deep one sees operators that are called from compiled code too."""
+    args, kwargs = _placed(model, examples)
+    recorder = Recorder(model)
+    for name, tensor in named_inputs(model, args, kwargs):
+        recorder.input(name, tensor)
+    with (
+        _quiet(model, args, kwargs),
+        preserved(model),
+        attributes_kept(model),
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(recorder.restore_written)
+        stack.enter_context(recorder.following_modules())
+        stack.enter_context(recorder)
+        if deep:
+            # TorchScript's fused kernels hide their operators.
+            stack.enter_context(optimized_execution(False))
+            stack.enter_context(SecondNet(recorder))
+        with _errors_named(model, recorder):
+            output = model(*args, **kwargs)
+    recorder.output({".".join(path): tensor for path, tensor in tensors_in(output)})
+    return recorder
+
+
+def _look_deeper(model: nn.Module, examples: Examples, first: Recorder) -> Recorder:
+    """Record again with the second net; where the model refuses to run under it, keep the first record."""
+    try:
+        return _record(model, examples, deep=True)
+    except InputError as error:
+        first.holes.append(f"no second look at operators inside compiled code: {error.got}")
+        return first
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -9,6 +10,7 @@ from lora_fx.kinds import KINDS
 from lora_fx.matrix import MatrixForm, rows_form
 from lora_fx.sites import Site
 
+SCRIPTED = "its module is compiled by TorchScript: adapt the module before it is scripted"
 LAZY = "not initialised yet: run the model once first"
 
 
@@ -46,7 +48,7 @@ def _site(names: tuple[str, ...], parameter: Tensor, modules: dict[str, nn.Modul
         form=form,
         module=module,
         module_class=type(owner).__name__,
-        unfit=LAZY if lazy else unfit,
+        unfit=LAZY if lazy else SCRIPTED if isinstance(owner, torch.jit.ScriptModule) else unfit,
     )
 
 

@@ -558,7 +558,7 @@ def test_meta_and_fake_tensors() -> None:
         assert [n.meta["shape"] for n in calls(traced, "linear")] == [(3, 4), (3, 2)]
         assert not any("value" in n.meta for n in traced.graph.nodes)
     with FakeTensorMode():
-        fake = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        fake = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         x = torch.randn(3, 4)
     traced = trace(fake, x)
     assert [n.meta["shape"] for n in calls(traced, "linear")] == [(3, 4), (3, 2)]
@@ -739,3 +739,45 @@ def test_inference_mode_of_the_caller() -> None:
         traced = recorded(write_through_view, torch.randn(3, 4))
         assert ops(traced)[0] == "linear"
         assert_replays(traced)
+
+
+@torch.jit.script
+def scripted_gate(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * x
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)))
+        self.traced = torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.traced(self.scripted(scripted_gate(self.a(x))))
+
+
+def test_the_second_net_sees_into_compiled_code() -> None:
+    traced = trace(Compiled(), torch.randn(2, 4))
+    assert traced.holes == ()
+    assert ops(traced) == ["linear", "sigmoid", "mul", "t", "addmm", "relu_", "t", "addmm"]
+    assert [
+        n.meta["parameter"] for n in traced.graph.nodes if n.meta.get("parameter", "").endswith("weight")
+    ] == [
+        "a.weight",
+        "scripted.0.weight",
+        "traced.weight",
+    ]
+    assert_replays(traced)
+
+
+def test_a_model_that_refuses_the_second_net_keeps_the_first_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fx.passes import second_net
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no rule for this operator")
+
+    monkeypatch.setattr(second_net.SecondNet, "__torch_dispatch__", refuse)
+    traced = trace(Compiled(), torch.randn(2, 4))
+    assert ops(traced) == ["linear"]
+    assert "no rule for this operator" in traced.holes[-1]
