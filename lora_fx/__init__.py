@@ -43,6 +43,7 @@ from lora_fx.errors import (
 )
 from lora_fx.latencies import Latency
 from lora_fx.passes.read_audit import audit
+from lora_fx.passes.show import show_forward
 from lora_fx.passes.trace import Trace
 from lora_fx.plans import Decision, Plan
 from lora_fx.policy import Policy, Rule, Skip, Train
@@ -117,6 +118,7 @@ __all__ = [
     "save_adapter",
     "session",
     "set_adapter",
+    "show_forward",
     "trace",
     "unload",
     "verify",

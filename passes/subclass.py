@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
@@ -160,6 +160,9 @@ def _subclass(
                 body.update(kind.attributes(base))
         if forward is not None:
             body["forward"] = forward
+        if issubclass(base, fx.GraphModule):
+            # recompile() gives each class a __call__ that asks its base's: ours must not ask itself.
+            body["__call__"] = nn.Module.__call__
         if names and forward is not None:
             body["__setattr__"] = _setattr(base)
         _classes[key] = _new_class(base, (base,), body)

@@ -46,15 +46,27 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     comparisons: list[Comparison] = []
     notes: list[str] = []
     with held_active(model, name), preserved(model), random_adapters(model, name):
-        for mode in (False, True):
+        for mode in _modes(model, notes):
             for case, values in _cases(inputs):
                 label = f"{'train' if mode else 'eval'}, {case}"
-                model.train(mode)
                 found, problem = _compare(model, name, values, label)
                 comparisons += found
                 if problem:
                     notes.append(problem)
     return Report(tuple(comparisons), tuple(notes))
+
+
+def _modes(model: nn.Module, notes: list[str]) -> Iterator[bool]:
+    """Put the model in eval and in train mode; an exported program's module has one mode alone."""
+    for mode in (False, True):
+        try:
+            model.train(mode)
+        except NotImplementedError as error:
+            notes.append(f"{'train' if mode else 'eval'} mode was not compared: {error}")
+            if mode == model.training:
+                yield mode
+        else:
+            yield mode
 
 
 def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

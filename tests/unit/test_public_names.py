@@ -40,6 +40,7 @@ FUNCTIONS = {
     "save_adapter",
     "session",
     "set_adapter",
+    "show_forward",
     "trace",
     "unload",
     "verify",
