@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(VENV)/.lora_fx-*
 	@touch $@
 
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(STAMP)  ## adapt a model to shifted digits, export it, prove it, and show what was done
 	$(PY) examples/digits_shift.py
 

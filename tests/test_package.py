@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a wheel from a copy of the sources, so that nothing is left in the tree or taken from it."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -31,8 +31,26 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         stdout=subprocess.DEVNULL,
     )
     (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+def test_the_wheel_imports_by_itself(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    script = (
+        "import sys, pathlib; sys.path.insert(0, '.')\n"
+        "import lora_fx, lora_fx.passes\n"
+        "assert pathlib.Path(lora_fx.__file__).resolve().is_relative_to(pathlib.Path.cwd())\n"
+        "assert 'onnxruntime' not in sys.modules, 'training must do without a runtime'\n"
+        "assert all(callable(getattr(lora_fx, name)) for name in lora_fx.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, cwd=tmp_path)
 
 
 def test_wheel_holds_one_typed_package(wheel_names: set[str]) -> None:
