@@ -76,7 +76,10 @@ def _stock_forward(reader: FrameType | None) -> bool:
     return (
         reader is not None
         and reader.f_code.co_name == "forward"
-        and str(reader.f_globals.get("__name__", "")).startswith("torch.nn.modules.")
+        and (
+            str(reader.f_globals.get("__name__", "")).startswith("torch.nn.modules.")
+            or reader.f_code.co_filename.startswith("<lora_fx ")
+        )
     )
 
 

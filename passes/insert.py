@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from lora_fx.errors import AdapterNameError, PlanError
 from lora_fx.kinds.effective import row_norms
+from lora_fx.kinds.producers import remember_norms
 from lora_fx.matrix import MatrixForm
 from lora_fx.passes import graph_module
 from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
@@ -110,6 +111,7 @@ def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) 
     if record.state.active is None:
         record.state.active = adapter
     apply_trainability(model, record)
+    remember_norms(model)
 
 
 def check_name(adapter: str, record: Injected | None) -> None:

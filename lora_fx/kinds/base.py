@@ -174,13 +174,13 @@ def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
-def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int) -> Tensor:
-    """Return ``result`` with ``update`` added to the named rows of ``axis``, out of place."""
+def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int, scale: float = 1.0) -> Tensor:
+    """Return ``result`` with ``scale * update`` added to the named rows of ``axis``, out of place."""
     update = update.to(result.dtype)
     if rows is None:
-        return result + update
+        return torch.add(result, update, alpha=scale)
     index = rows_index(rows, result.device)
-    return result.index_add(axis, index, update)
+    return result.index_add(axis, index, update, alpha=scale)
 
 
 def rows_index(rows: Rows, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from lora_fx.kinds.base import (
     rows_index,
     shape_of,
 )
+from lora_fx.kinds.fused_conv import fusable, fused_conv, geometry
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -59,7 +60,7 @@ def _low_rank_conv(x: Tensor, weight: Tensor, part: LivePart, how: _Geometry) ->
     update = _product(x, weight, part.a, part.b, part.rows, how)
     if part.start is not None:
         update = update - _product(x, weight, *part.start, part.rows, how)
-    return update * part.scale
+    return update
 
 
 def _adapted(dims: int) -> Branch:
@@ -77,10 +78,14 @@ def _adapted(dims: int) -> Branch:
         lora: LiveParts,
     ) -> Tensor:
         """Return the convolution plus its low-rank branches."""
+        if lora:
+            how = geometry(dims, stride, padding, dilation, groups)
+            if how is not None and fusable(input, weight, bias, lora, how):
+                return fused_conv(input, weight, bias, lora[0], how)
         result: Tensor = conv(input, weight, bias, stride, padding, dilation, groups)
         for part in lora:
             update = _low_rank_conv(input, weight, part, _Geometry(stride, padding, dilation, groups))
-            result = add_rows(result, update, part.rows, result.dim() - dims - 1)
+            result = add_rows(result, update, part.rows, result.dim() - dims - 1, part.scale)
         return result
 
     adapted_conv.__name__ = adapted_conv.__qualname__ = f"adapted_conv{dims}d"

@@ -9,39 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fx.kinds.base import LiveParts, rows_index
-from lora_fx.matrix import MatrixForm
+from lora_fx.kinds.base import LivePart, LiveParts, rows_index
+from lora_fx.matrix import MatrixForm, columns_form, rows_form
 
 
-def low_rank_delta(form: MatrixForm, parts: LiveParts) -> Tensor:
-    """Return ``scale * sum of (B A - B0 A0)`` in the weight's own shape, at the adapter's precision."""
-    total: Tensor | None = None
-    for part in parts:
-        product = part.b @ part.a
-        if part.start is not None:
-            start_a, start_b = part.start
-            product = product - start_b @ start_a
-        product = product * part.scale
-        if part.rows is not None:
-            shape = (*product.shape[:-2], form.out_features, form.in_features)
-            index = rows_index(part.rows, product.device)
-            product = product.new_zeros(shape).index_add(product.dim() - 2, index, product)
-        total = product if total is None else total + product
-    if total is None:
-        raise RuntimeError("an adapter without parts")
-    return form.weight(total)
+def low_rank_delta(form: MatrixForm, part: LivePart) -> Tensor:
+    """Return ``scale * (B A - B0 A0)`` in the weight's own shape; exactly zero at the start."""
+    product = part.b @ part.a
+    if part.start is not None:
+        start_a, start_b = part.start
+        product = product - start_b @ start_a
+    product = product * part.scale
+    if part.rows is not None:
+        shape = (*product.shape[:-2], form.out_features, form.in_features)
+        index = rows_index(part.rows, product.device)
+        product = product.new_zeros(shape).index_add(product.dim() - 2, index, product)
+    return form.weight(product)
 
 
 def effective_weight(
     base: Tensor, form: MatrixForm, parts: LiveParts, magnitude: Tensor | None = None
 ) -> Tensor:
     """Return ``W``, added in float32 or wider and cast once to the dtype of ``W0``."""
-    delta = low_rank_delta(form, parts)
-    wide = torch.promote_types(delta.dtype, torch.promote_types(base.dtype, torch.float32))
-    weight = base.to(wide) + delta.to(wide)
+    if not parts:
+        raise RuntimeError("an adapter without parts")
+    wide = torch.promote_types(parts[0].a.dtype, torch.promote_types(base.dtype, torch.float32))
+    weight = base.to(wide)
+    for part in parts:
+        weight = _with_part(weight, form, part)
     if magnitude is not None:
         weight = _with_magnitude(weight, magnitude.to(wide), form)
     return weight.to(base.dtype)
+
+
+def _with_part(weight: Tensor, form: MatrixForm, part: LivePart) -> Tensor:
+    """Add one part: in a single product where the weight is stored as its matrix, or transposed."""
+    a, b = part.a.to(weight.dtype), part.b.to(weight.dtype)
+    if part.rows is not None or part.start is not None or not weight.is_contiguous():
+        return weight + low_rank_delta(form, part._replace(a=a, b=b))
+    if form == rows_form(form.shape):
+        flat = weight.view(form.out_features, form.in_features)
+        return torch.addmm(flat, b, a, alpha=part.scale).view(form.shape)
+    if len(form.shape) == 2 and form == columns_form(form.shape):
+        return torch.addmm(weight, a.mT, b.mT, alpha=part.scale)
+    return weight + low_rank_delta(form, part._replace(a=a, b=b))
 
 
 def row_norms(weight: Tensor, form: MatrixForm) -> Tensor:

@@ -43,7 +43,7 @@ def adapted_embedding(
             update = update - _looked_up(input, *part.start)
         if padding is not None:
             update = torch.where(padding.unsqueeze(-1), update.detach(), update)
-        result = add_rows(result, update * part.scale, part.rows, -1)
+        result = add_rows(result, update, part.rows, -1, part.scale)
     return result
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
+from lora_fx.kinds.fused_linear import fusable, fused_linear, merged_linear
 from lora_fx.matrix import MatrixForm, rows_form
 
 
@@ -19,9 +20,19 @@ def adapted_linear(
     lora: LiveParts,
 ) -> Tensor:
     """Return ``x W0^T + b + sum over parts of scale * (x A^T) B^T``."""
-    result = F.linear(input, weight, bias)
+    if not lora:
+        return F.linear(input, weight, bias)
+    if not fusable(input, weight, bias, lora):
+        return composed_linear(input, weight, bias, lora)
+    merged = merged_linear(input, weight, bias, lora)
+    return fused_linear(input, weight, bias, lora) if merged is None else merged
+
+
+def composed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> Tensor:
+    """Return the same by plain operations: the reference, and what compilers and transforms see."""
+    result = F.linear(x, weight, bias)
     for part in lora:
-        result = add_rows(result, low_rank(input, part), part.rows, -1)
+        result = add_rows(result, low_rank(x, part), part.rows, -1)
     return result
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
+from lora_fx.kinds.fused_linear import fusable, fused_linear
 from lora_fx.matrix import MatrixForm, columns_form
 
 _FACTORS: Mapping[str, tuple[int, str, str]] = {
@@ -40,9 +41,12 @@ def adapted_addmm(
     lora: LiveParts,
 ) -> Tensor:
     """Return ``beta * input + alpha * (x W0 + sum over parts of scale * (x A^T) B^T)`` for ``x = mat1``."""
+    plain = beta == 1 and alpha == 1 and input.dim() == 1 and mat1.dim() == 2
+    if lora and plain and fusable(mat1, mat2, input, lora):
+        return fused_linear(mat1, mat2.t(), input, lora)
     result = torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
     for part in lora:
-        result = add_rows(result, low_rank(mat1, part) * alpha, part.rows, -1)
+        result = add_rows(result, low_rank(mat1, part), part.rows, -1, alpha)
     return result
 
 

@@ -1,0 +1,188 @@
+"""The convolution with its adapter merged in, and only thin products for the gradients of A and B.
+
+With ``W' = W + s B A`` in matrix form, formed in the forward and again in the backward (it is small
+beside the activations, so it is not kept)::
+
+    y = conv(x, W')     dx = conv^T(g, W')
+
+Where the rank is small, neither direction sees the gradient of the whole of W'::
+
+    g' = conv1x1(g, B^T)    dA = s corr(x, g')       h = conv(x, A)    dB = s sum over places of g h^T
+
+else ``dW' = corr(x, g)``, ``dA = s B^T dW'``, ``dB = s dW' A^T``. The merged weight would round an adapter
+away in half precision, so that this is for float32 and wider.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lora_fx.kinds.base import LivePart, LiveParts
+from lora_fx.kinds.eager import plain_eager
+
+
+class Geometry(NamedTuple):
+    """A convolution's settings, one number per dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Call(NamedTuple):
+    """What forward and backward share; ``thin`` chooses the gradients by thin products."""
+
+    how: Geometry
+    scale: float
+    thin: bool
+
+
+def geometry(dims: int, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:
+    """Return the settings with one number per dimension, or None for a padding given by name."""
+    if isinstance(padding, str):
+        return None
+    return Geometry(_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how: Geometry | None) -> bool:
+    """Say whether the merged convolution may and should stand for the branch.
+
+    Forming W' costs ``r out in`` twice, the branch ``r (out + in)`` at every place of the output, twice.
+    """
+    part = lora[0]
+    if how is None or len(lora) > 1 or part.rows is not None or part.start is not None or part.dropout:
+        return False
+    if not plain_eager(x, weight, bias, part.a, part.b) or x.dim() != weight.dim() or x.is_meta:
+        return False
+    if not weight.dtype == x.dtype == part.a.dtype == part.b.dtype or weight.element_size() < 4:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    rows, columns = weight.shape[0], part.a.shape[1]
+    return how.groups > 1 or _places(x, weight, how) * (rows + columns) > 2 * rows * columns
+
+
+def _places(x: Tensor, weight: Tensor, how: Geometry) -> int:
+    """The number of output places, up to what the kernel's reach takes from the borders."""
+    places = x.shape[0]
+    for size, stride, kernel, padding in zip(
+        x.shape[2:], how.stride, weight.shape[2:], how.padding, strict=True
+    ):
+        places *= max(1, (size + 2 * padding - kernel) // stride + 1)
+    return places
+
+
+def fused_conv(x: Tensor, weight: Tensor, bias: Tensor | None, part: LivePart, how: Geometry) -> Tensor:
+    """Return ``conv(x, W + scale B A) + bias``."""
+    rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1]
+    # Twice r (out + in) products at every place, against out in.
+    thin = how.groups == 1 and 2 * rank * (rows + columns) < rows * columns
+    result: Tensor = _apply(x, weight, bias, Call(how, part.scale, thin), part.a, part.b)
+    return result
+
+
+class FusedConv(Function):
+    """``apply(x, weight, bias, call, a, b)``; see the module."""
+
+    @staticmethod
+    def forward(  # noqa: D102 - the module tells
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, a: Tensor, b: Tensor
+    ) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, weight, a, b)
+        return _conv(x, merge(weight, a, b, call.scale), bias, call.how)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        grad = grads[0]
+        kind = grad.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _backward(ctx, grad)
+        return _backward(ctx, grad)
+
+
+_apply: Any = FusedConv.apply
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    how = call.how
+    x, weight, a, b = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_a, need_b = ctx.needs_input_grad
+    dx = dw = da = db = None
+    thin = call.thin and not need_weight and not torch.is_grad_enabled()
+    if need_x:
+        dx = _grads(g, x, merge(weight, a, b, call.scale), how, which=0)
+    if thin:
+        da, db = _thin_gradients(g, x, weight, a, b, call, need_a=need_a, need_b=need_b)
+    elif need_a or need_b or need_weight:
+        dw = _grads(g, x, weight, how, which=1)
+        matrix = dw.reshape(dw.shape[0], -1)
+        da = call.scale * (b.t() @ matrix) if need_a else None
+        db = call.scale * (matrix @ a.t()) if need_b else None
+    dims = (0, *range(2, g.dim()))
+    return (dx, dw if need_weight else None, g.sum(dims) if need_bias else None, None, da, db)
+
+
+def _thin_gradients(
+    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, call: Call, *, need_a: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dims, rank = g.dim() - 2, a.shape[0]
+    points = Geometry((1,) * dims, (0,) * dims, (1,) * dims, 1)
+    kernel = a.view(rank, *weight.shape[1:])
+    da = db = None
+    if need_a:
+        back = _conv(g, b.t().reshape(rank, -1, *(1,) * dims), None, points)
+        da = _grads(back, x, kernel, call.how, which=1).reshape(rank, -1).mul_(call.scale)
+    if need_b:
+        hidden = _conv(x, kernel, None, call.how)
+        db = (
+            _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, which=1)
+            .reshape(-1, rank)
+            .mul_(call.scale)
+        )
+    return da, db
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return ``W + scale B A`` in W's own shape and memory format."""
+    if weight.is_contiguous():
+        return torch.addmm(weight.view(weight.shape[0], -1), b, a, alpha=scale).view(weight.shape)
+    return torch.add(weight, (b @ a).view(weight.shape), alpha=scale)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
+    none = [0] * len(how.stride)
+    return torch.convolution(x, weight, bias, how.stride, how.padding, how.dilation, False, none, how.groups)
+
+
+def _grads(g: Tensor, x: Tensor, weight: Tensor, how: Geometry, which: int) -> Tensor:
+    """Return the gradient of the input (0) or of the weight (1)."""
+    wanted = [which == 0, which == 1, False]
+    none = [0] * len(how.stride)
+    found = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        weight,
+        None,
+        how.stride,
+        how.padding,
+        how.dilation,
+        False,
+        none,
+        how.groups,
+        wanted,
+    )
+    result: Tensor = found[which]
+    return result
