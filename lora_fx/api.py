@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
+from lora_fx.diffs import refuse_misfit
 from lora_fx.errors import PolicyError
 from lora_fx.fingerprints import BaseCheck, dtype_name
 from lora_fx.passes import adapter_io, remove, switch
@@ -89,6 +90,7 @@ def inject(
     insert_pass.check_name(adapter, injected(model))
     if isinstance(policy_or_plan, Plan):
         decided, traced = policy_or_plan, _trace_of(source, example_inputs)
+        _refuse_misfit(model, decided, traced)
     else:
         decided, traced = _plan(source, policy_or_plan, example_inputs)
     insert_pass.insert(model, decided, adapter, seed)
@@ -255,10 +257,7 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
     traced = _trace_of(source, example_inputs)
     with fold_pass.base_only(model):
         sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
-        held = {
-            name: (tuple(p.shape), dtype_name(p))
-            for name, p in model.named_parameters(remove_duplicate=False)
-        }
+        held = _held(model)
         total = sum(p.numel() for p in model.parameters())
         classes = {path: type(m).__name__ for path, m in model.named_modules()}
     decided = make_plan(
@@ -274,6 +273,22 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
     if policy.norm_stats == "train":
         decided = replace(decided, buffers=running_statistics(model))
     return decided, traced
+
+
+def _refuse_misfit(model: nn.Module, planned: Plan, traced: Trace | None) -> None:
+    """Say exactly where a plan that was made elsewhere does not fit this model."""
+    with fold_pass.base_only(model):
+        sites = sites_from_modules(model) if traced is None else match(traced)
+        held = _held(model)
+        buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    refuse_misfit(planned, sites, held, buffers, traced=traced is not None and planned.examples is not None)
+
+
+def _held(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and dtype of every parameter, by every qualified name."""
+    return {
+        name: (tuple(p.shape), dtype_name(p)) for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:

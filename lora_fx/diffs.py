@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,9 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
     old, new = _extras(before.extras), _extras(after.extras)
     for name in old | new:
         changes += _changed(name, "parameter", old.get(name, "frozen"), new.get(name, "frozen"))
+    moving = dict.fromkeys(before.buffers, "moves"), dict.fromkeys(after.buffers, "moves")
+    for name in moving[0] | moving[1]:
+        changes += _changed(name, "buffer", *(side.get(name, "left alone") for side in moving))
     return PlanDiff(tuple(changes))
 
 
@@ -114,12 +117,18 @@ def _facts(decision: Decision) -> dict[str, str]:
 
 
 def refuse_misfit(
-    plan: Plan, sites: Sequence[Site], parameters: Mapping[str, tuple[tuple[int, ...], str]]
+    plan: Plan,
+    sites: Sequence[Site],
+    parameters: Mapping[str, tuple[tuple[int, ...], str]],
+    buffers: Collection[str] = (),
+    *,
+    traced: bool = True,
 ) -> None:
-    """Check that a plan can be carried out on a model with these sites and parameters.
+    """Check that a plan can be carried out on a model with these sites, parameters and buffers.
 
     Every weight that the plan adapts or trains must be there with the same shape, matrix form and
-    ties; weights that it leaves alone may be missing or new, and dtypes may differ.
+    ties; weights that it leaves alone may be missing or new, and dtypes may differ. Sites that no
+    recorded run was made for (``traced`` false) do not tell the matrix form: the plan's is taken.
 
     Raises:
         PlanError: naming every weight that differs, and how.
@@ -132,12 +141,13 @@ def refuse_misfit(
             there = " (it is a parameter, but no weight)" if decision.name in parameters else ""
             problems.append(f"{decision.name} is not there{there}")
         else:
-            problems += _differences(decision.site, site)
+            problems += _differences(decision, site, traced=traced)
     for extra in plan.extras:
         shape = parameters[extra.name][0] if extra.name in parameters else None
         if shape != extra.shape:
             now = "is not there" if shape is None else f"has the shape {shape_text(shape)}"
             problems.append(f"{extra.name} ({shape_text(extra.shape)} in the plan) {now}")
+    problems += [f"buffer {name} is not there" for name in plan.buffers if name not in buffers]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise PlanError(
@@ -148,13 +158,14 @@ def refuse_misfit(
         )
 
 
-def _differences(planned: Site, site: Site) -> list[str]:
+def _differences(decision: Decision, site: Site, *, traced: bool) -> list[str]:
+    planned = decision.site
     problems: list[str] = []
     if planned.shape != site.shape:
         problems.append(
             f"{planned.name} is {shape_text(site.shape)}, {shape_text(planned.shape)} in the plan"
         )
-    elif planned.form != site.form:
+    elif traced and decision.action == "adapt" and planned.form != site.form:
         problems.append(f"{planned.name} is read as another matrix ({site.kind}, {planned.kind} in the plan)")
     ties, planned_ties = {site.name, *site.names}, {planned.name, *planned.names}
     if ties != planned_ties:
@@ -162,7 +173,7 @@ def _differences(planned: Site, site: Site) -> list[str]:
             f"{planned.name} is tied to {_listed(ties - {planned.name})}, in the plan to "
             f"{_listed(planned_ties - {planned.name})}"
         )
-    if site.unfit is not None:
+    if site.unfit is not None and decision.action == "adapt":
         problems.append(f"{planned.name} cannot be adapted: {site.unfit}")
     return problems
 

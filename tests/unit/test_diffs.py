@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+import lora_fx
 from lora_fx.diffs import refuse_misfit
 from lora_fx.errors import PlanError
 from lora_fx.plans import Plan
@@ -117,6 +120,45 @@ def test_a_plan_fits_the_same_architecture():
 def test_a_misfit_says_exactly_where(sites, extra, message):
     with pytest.raises(PlanError, match=message):
         refuse_misfit(made_for(SITES), sites, parameters_of(sites, extra))
+
+
+def test_moving_statistics_count():
+    still = made_for(SITES)
+    moving = replace(still, buffers=("bn.running_mean",))
+    [change] = still.diff(moving).changes
+    assert (change.name, change.what, change.before, change.after) == (
+        "bn.running_mean",
+        "buffer",
+        "left alone",
+        "moves",
+    )
+    with pytest.raises(PlanError, match=r"buffer bn\.running_mean is not there"):
+        refuse_misfit(moving, SITES, parameters_of(SITES))
+    refuse_misfit(moving, SITES, parameters_of(SITES), {"bn.running_mean"})
+
+
+def test_a_trained_weight_needs_no_form_and_no_fitness():
+    sites = [SITES[0], site("head.weight", kind="embedding", unfit="quantised"), SITES[2]]
+    refuse_misfit(made_for(SITES), sites, parameters_of(sites))
+
+
+def test_sites_without_a_run_do_not_tell_the_form():
+    sites = [site("a.weight", (8, 4), kind="embedding"), *SITES[1:]]
+    refuse_misfit(made_for(SITES), sites, parameters_of(sites), traced=False)
+
+
+def net(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("examples", [None, torch.ones(2, 4)])
+def test_inject_says_where_a_plan_does_not_fit(examples):
+    made = lora_fx.plan(net(5), Policy(Rule(rank=2)), torch.ones(2, 4))
+    other = net(6)
+    with pytest.raises(PlanError, match=r"0\.weight is 6x4, 5x4 in .*; 2\.weight is 3x6, 3x5 in"):
+        lora_fx.inject(other, made, examples)
+    assert type(other[0]) is nn.Linear
+    lora_fx.inject(net(5), made, examples)
 
 
 def test_many_misfits_are_counted():
