@@ -191,7 +191,8 @@ def main() -> None:
     switched_back = accuracy(model, shifted_test)
 
     # 4. What came of it.
-    latency = lora_fx.compare_latency(OUT / "base.onnx", OUT / "camera.onnx")
+    batch = {"image": test_data[0][:16].numpy()}
+    latency = lora_fx.compare_latency(OUT / "base.onnx", OUT / "camera.onnx", inputs=batch)
     audit = lora_fx.audit(OUT / "camera.onnx")
     console.print("\nThe audit, read back from camera.onnx:", style="bold")
     console.print(audit)

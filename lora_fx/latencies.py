@@ -46,7 +46,7 @@ class Latency:
     """Time of a folded file over time of its base, with the control that says what can be seen.
 
     ``ratio`` is folded / base; ``control`` is base / base, from two sessions of the base measured in
-    the same rounds. Times are medians in seconds.
+    the same rounds. Times are medians in seconds of ``clock``.
     """
 
     base: str
@@ -59,6 +59,7 @@ class Latency:
     provider: str
     threads: int
     batch: str = ""
+    clock: str = "wall clock"
 
     @property
     def verdict(self) -> Verdict:
@@ -86,7 +87,9 @@ class Latency:
         table.add_row("base", f"{self.base_seconds * 1e3:.3f}", "")
         table.add_row("folded", f"{self.folded_seconds * 1e3:.3f}", str(self.ratio))
         table.add_row("base again (control)", "", str(self.control))
-        table.caption = f"{self.rounds} rounds, {self.provider}, {self.threads} thread(s) {self.batch}"
+        table.caption = (
+            f"{self.rounds} rounds, {self.provider}, {self.threads} thread(s), {self.clock}; {self.batch}"
+        )
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -1,9 +1,13 @@
 """Paired, interleaved latency of two ONNX files, beside a control of the base against itself.
 
 Each round runs base, folded and a second session of the base, in an order that changes from round to
-round, so that drift of the machine falls on all three alike. The ratio is the median of the rounds'
-ratios; its interval comes from a bootstrap over blocks of neighbouring rounds, because neighbours
-share the machine's state.
+round, so that drift of the machine falls on all three alike. A session keeps for its life the memory
+it was given, which alone makes two sessions of one file differ by some percent, so the sessions are
+made anew several times. The ratio is the median of the rounds' ratios; its interval comes from a
+bootstrap over the sets of sessions, and in each over blocks of neighbouring rounds.
+
+On the CPU provider with one thread the clock is the thread's own CPU time, which other processes on
+the machine do not lengthen; elsewhere it is the wall clock.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from lora_fx.providers import Providers, choose
 
 _BLOCK = 8
 _RESAMPLES = 2000
+_MOST_ROUNDS = 20_000
 
 Run = Callable[[], None]
+Clock = Callable[[], float]
 
 
 def compare_latency(
@@ -36,31 +42,43 @@ def compare_latency(
     providers: Providers = "auto",
     threads: int = 1,
     seconds: float = 10.0,
-    min_rounds: int = 64,
-    max_rounds: int = 20_000,
+    sets: int = 10,
+    min_rounds: int = 16,
 ) -> Latency:
     """Return how long the folded file takes, relative to its base.
 
     ``inputs`` are fed to both (default: random ones, every dynamic dimension small); providers,
-    options and threads are equal on both sides. Rounds go on for ``seconds``.
+    options and threads are equal on both sides. ``sets`` sets of sessions share the ``seconds``.
     """
     runtime = choose(providers)
-    sessions = [open_session(path, runtime, threads=threads) for path in (base_onnx, folded_onnx, base_onnx)]
-    feeds = dict(inputs) if inputs is not None else random_feeds(sessions[0], seed=0)
-    runs = [_bound_run(session, feeds, runtime.first) for session in sessions]
-    times = _interleave(runs, seconds, min_rounds, max_rounds)
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+    own_time = threads == 1 and runtime.first.startswith("CPU")
+    clock = time.thread_time if own_time else time.perf_counter
+    feeds = dict(inputs) if inputs is not None else None
+    times: list[NDArray[np.float64]] = []
+    for index in range(sets):
+        files = {0: base_onnx, 1: folded_onnx, 2: base_onnx}
+        made = {
+            which: open_session(files[which], runtime, threads=threads)
+            for which in sorted(files, key=lambda which: (which + index) % 3)
+        }
+        if feeds is None:
+            feeds = random_feeds(made[0], seed=0)
+        runs = [_bound_run(made[which], feeds, runtime.first) for which in (0, 1, 2)]
+        times.append(_interleave(runs, seconds / sets, min_rounds, _MOST_ROUNDS // sets, clock))
+    everything = np.concatenate(times)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in (feeds or {}).items())
     return Latency(
         base=Path(base_onnx).name,
         folded=Path(folded_onnx).name,
-        ratio=ratio_of(times[:, 1] / times[:, 0]),
-        control=ratio_of(times[:, 2] / times[:, 0]),
-        base_seconds=float(np.median(times[:, 0])),
-        folded_seconds=float(np.median(times[:, 1])),
-        rounds=len(times),
+        ratio=ratio_of(*(rows[:, 1] / rows[:, 0] for rows in times)),
+        control=ratio_of(*(rows[:, 2] / rows[:, 0] for rows in times)),
+        base_seconds=float(np.median(everything[:, 0])),
+        folded_seconds=float(np.median(everything[:, 1])),
+        rounds=len(everything),
         provider=runtime.first,
         threads=threads,
         batch=shapes,
+        clock="CPU time of the thread" if own_time else "wall clock",
     )
 
 
@@ -79,36 +97,47 @@ def _bound_run(session: Any, feeds: Mapping[str, NDArray[Any]], provider: str) -
     return run
 
 
-def _interleave(runs: Sequence[Run], seconds: float, min_rounds: int, max_rounds: int) -> NDArray[np.float64]:
+def _interleave(
+    runs: Sequence[Run], seconds: float, min_rounds: int, max_rounds: int, clock: Clock
+) -> NDArray[np.float64]:
     """Time the runs in turn, (rounds, runs), each round in another order."""
     for run in itertools.chain.from_iterable(itertools.repeat(tuple(runs), 5)):
         run()
     orders = itertools.cycle(itertools.permutations(range(len(runs))))
     rows: list[list[float]] = []
     # A run far below the clock's own noise is repeated within a round.
-    began = time.perf_counter()
+    began = clock()
     runs[0]()
-    repeats = max(1, int(200e-6 / max(time.perf_counter() - began, 1e-9)))
+    repeats = max(1, int(200e-6 / max(clock() - began, 1e-9)))
     deadline = time.perf_counter() + seconds
     while len(rows) < max_rounds and (len(rows) < min_rounds or time.perf_counter() < deadline):
         row = [0.0] * len(runs)
         for which in next(orders):
-            began = time.perf_counter()
+            began = clock()
             for _ in range(repeats):
                 runs[which]()
-            row[which] = (time.perf_counter() - began) / repeats
+            row[which] = (clock() - began) / repeats
         rows.append(row)
     return np.asarray(rows, dtype=np.float64)
 
 
-def ratio_of(ratios: NDArray[np.float64]) -> Ratio:
-    """Return the median and its 95% interval from a bootstrap over blocks of neighbours."""
-    count = max(1, len(ratios) // _BLOCK)
-    blocks = np.array_split(ratios, count)
-    width = min(len(block) for block in blocks)
-    table = np.stack([block[:width] for block in blocks])
+def ratio_of(*groups: NDArray[np.float64]) -> Ratio:
+    """Return the median and its 95% interval from a bootstrap over groups and blocks of neighbours."""
+    tables = [_blocks(group) for group in groups]
     random = np.random.default_rng(0)
-    resamples = max(200, min(_RESAMPLES, 40_000_000 // table.size))
-    medians = [np.median(table[random.integers(0, count, count)]) for _ in range(resamples)]
+    resamples = max(200, min(_RESAMPLES, 40_000_000 // sum(table.size for table in tables)))
+    medians: list[float] = []
+    for _ in range(resamples):
+        chosen = [tables[i] for i in random.integers(0, len(tables), len(tables))]
+        drawn = [table[random.integers(0, len(table), len(table))].ravel() for table in chosen]
+        medians.append(float(np.median(np.concatenate(drawn))))
     low, high = np.percentile(medians, [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return Ratio(float(np.median(np.concatenate(groups))), float(low), float(high))
+
+
+def _blocks(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cut a series into (blocks, neighbours)."""
+    count = max(1, len(ratios) // _BLOCK)
+    parts = np.array_split(ratios, count)
+    width = min(len(part) for part in parts)
+    return np.stack([part[:width] for part in parts])
