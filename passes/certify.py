@@ -76,7 +76,7 @@ def examine(
         # Over other data than its own an overlay is a mixture, of which nothing else can be said.
         return Evidence(tuple(data), (), None, None, runtime)
     comparison = compare(base, folded)
-    checks = [structure_check("structure", base, folded, comparison)]
+    checks = [structure_check("structure", base, folded, comparison=comparison)]
     notes: list[str] = []
     pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
     mapping = read_map(base) if file is None else base_map(base, file)
@@ -89,17 +89,22 @@ def examine(
             checks.append(Check("runtime-structure", ok=False, detail=str(error), place=f"the {name} file"))
             return Evidence(tuple(checks), tuple(notes), None, None, runtime)
     first, second = opened
-    checks.append(
-        structure_check("runtime-structure", first.graph, second.graph, compare(first.graph, second.graph))
-    )
+    checks.append(structure_check("runtime-structure", first.graph, second.graph, sharing=False))
     return Evidence(tuple(checks), tuple(notes), first, second, runtime)
 
 
-def structure_check(name: str, base: ir.Model, folded: ir.Model, comparison: Comparison) -> Check:
+def structure_check(
+    name: str,
+    base: ir.Model,
+    folded: ir.Model,
+    *,
+    comparison: Comparison | None = None,
+    sharing: bool = True,
+) -> Check:
     """Compare canonical digests; name the first difference where they differ."""
-    digests = canonical(base).digest, canonical(folded).digest
+    digests = canonical(base, sharing=sharing).digest, canonical(folded, sharing=sharing).digest
     data = {"base": digests[0], "folded": digests[1]}
-    difference = comparison.difference
+    difference = (comparison or compare(base, folded, sharing=sharing)).difference
     if digests[0] == digests[1] and difference is None:
         nodes = sum(1 for _ in base.graph)
         return Check(

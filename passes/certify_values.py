@@ -66,6 +66,8 @@ def _patched(patch: Patch, other: ir.Value, found: _Findings) -> None:
         return
     else:
         found.changed.append(patch.initializer)
+    if same_bits(now, wanted):
+        return
     if now.shape == wanted.shape and not bool(now.isfinite().all()) and bool(wanted.isfinite().all()):
         found.wrong.append((name, f"holds {int((~now.isfinite()).sum())} values that are not finite"))
         return
@@ -93,6 +95,8 @@ def _changed_set(patches: Patches, found: _Findings, total: int, weights: Weight
     if patches.opaque:
         owners = sorted(set(patches.opaque.values()))
         detail += f"; how the file holds {', '.join(owners[:3])} is not known: parity alone covers that"
+    if patches.unused:
+        detail += f"; not used by the exported graph: {', '.join(patches.unused[:3])}"
     if found.idle:
         detail += f"; left as they are by the adapter: {', '.join(found.idle[:3])}"
     return Check(name, ok=True, detail=detail, data=data)

@@ -23,11 +23,12 @@ from lora_fx.fingerprints import fingerprint
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
 from lora_fx.passes.certify_parity import parity_check
+from lora_fx.passes.onnx_base import make_base
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors, split_inputs
 from lora_fx.passes.onnx_mapping import ParameterMap
-from lora_fx.passes.onnx_match import find_map
+from lora_fx.passes.onnx_match import Parameters
 from lora_fx.passes.onnx_metadata import Extent, lossy_notes, read_map, write_base, write_folded
 from lora_fx.passes.onnx_parity import feeds_for
 from lora_fx.passes.onnx_patch import find_patches
@@ -175,9 +176,7 @@ class _Job:
 
     def export_base(self, path: Path, *, prove: bool) -> Certificate:
         """Export the base, with the map of its parameters in its metadata."""
-        made = self.program()
-        optimised = made.optimised()
-        mapping = self.find_map(optimised)
+        optimised, mapping = make_base(self.program(), self.parameters())
         onnx_files.strip(optimised)
         with onnx_files.draft(path) as draft:
             draft.write(optimised, finish=lambda model, data: write_base(model, mapping, data))
@@ -185,8 +184,8 @@ class _Job:
             draft.publish()
         return certificate or Certificate(path.name, path.name, (), {}, ("not certified, as asked",))
 
-    def find_map(self, optimised: ir.Model) -> ParameterMap:
-        """Return how the optimised base holds every parameter and buffer."""
+    def parameters(self) -> Parameters:
+        """Return every floating parameter and buffer of the base, with all its names."""
         with self.base() as model:
             found: dict[int, tuple[Tensor, list[str]]] = {}
             for named in (
@@ -196,7 +195,7 @@ class _Job:
                 for name, tensor in named:
                     if tensor.is_floating_point():
                         found.setdefault(id(tensor), (tensor, []))[1].append(name)
-            return find_map(optimised, {names[0]: (tensor, tuple(names)) for tensor, names in found.values()})
+            return {names[0]: (tensor.detach(), tuple(names)) for tensor, names in found.values()}
 
     def base_certificate(self, draft: Path, path: Path, mapping: ParameterMap) -> Certificate:
         """Prove a base file against the torch model."""

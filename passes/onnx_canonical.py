@@ -40,6 +40,7 @@ class Canonical:
 class _Numbering:
     """Numbers for nodes, initializers and inner graph inputs, in the order in which they are met."""
 
+    sharing: bool = True
     nodes: dict[ir.Node, int] = field(default_factory=dict[ir.Node, int])
     initializers: dict[ir.Value, int] = field(default_factory=dict[ir.Value, int])
     formals: dict[ir.Value, str] = field(default_factory=dict[ir.Value, str])
@@ -54,7 +55,7 @@ class _Numbering:
         if value in self.formals:
             return self.formals[value]
         if value in self.initializers:
-            return f"${self.initializers[value]}"
+            return f"${self.initializers[value]}" if self.sharing else f"${initializer_text(value)}"
         return "undefined"
 
     def discover(self, roots: Sequence[ir.Value | None]) -> Iterator[ir.Node | ir.Value]:
@@ -84,21 +85,25 @@ class _Numbering:
         return node
 
 
-def canonical(model: ir.Model) -> Canonical:
-    """Return the canonical form of a model."""
+def canonical(model: ir.Model, *, sharing: bool = True) -> Canonical:
+    """Return the canonical form of a model.
+
+    Without ``sharing`` it does not count whether two inputs read one initializer or two alike: a
+    runtime merges initializers of equal bytes, which changes no kernel.
+    """
     lines = [f"ir {model.ir_version} opsets {opsets_text(model.opset_imports)}"]
-    lines += _graph_lines(model.graph, named=True)
+    lines += _graph_lines(model.graph, named=True, sharing=sharing)
     for identifier in sorted(model.functions):
         function = model.functions[identifier]
         attributes = " ".join(sorted(function.attributes))
         lines.append(f"function {identifier} opsets {opsets_text(function.opset_imports)} ({attributes})")
-        lines += _graph_lines(function, named=False)
+        lines += _graph_lines(function, named=False, sharing=sharing)
     return Canonical(tuple(lines))
 
 
-def _graph_lines(graph: ir.Graph | ir.Function, *, named: bool) -> list[str]:
+def _graph_lines(graph: ir.Graph | ir.Function, *, named: bool, sharing: bool) -> list[str]:
     dims = Dims()
-    numbering = _Numbering()
+    numbering = _Numbering(sharing)
     lines: list[str] = []
     for position, value in enumerate(graph.inputs):
         numbering.formals[value] = f"input {value.name!r}" if named else f"input {position}"
@@ -121,6 +126,8 @@ def _part_lines(met: Sequence[ir.Node | ir.Value], numbering: _Numbering, dims: 
     lines: list[str] = []
     for part in met:
         if isinstance(part, ir.Value):
+            if not numbering.sharing:
+                continue
             lines.append(f"${numbering.initializers[part]} {initializer_text(part)}")
             continue
         said = "; ".join(f"{name}={text}" for name, text in node_parts(part, dims).items())

@@ -12,6 +12,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,14 @@ def initializer_text(value: ir.Value) -> str:
     if tensor is None:
         return "initializer without value"
     text = f"{tensor.dtype}{list(tensor.shape.numpy())}"
-    return text if is_float(tensor.dtype) else f"{text}={tensor_hash(tensor)[:32]}"
+    if is_float(tensor.dtype) or (isinstance(tensor, ir.ExternalTensor) and _is_gone(tensor)):
+        return text
+    return f"{text}={tensor_hash(tensor)[:32]}"
+
+
+def _is_gone(tensor: ir.ExternalTensor) -> bool:
+    """Whether a tensor's file is not kept, as of the graphs that the runtime writes."""
+    return not Path(tensor.path).is_file()
 
 
 def attribute_text(attribute: ir.Attr) -> str:

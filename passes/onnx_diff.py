@@ -47,8 +47,8 @@ class Comparison:
     pairs: tuple[tuple[ir.Value, ir.Value], ...] = ()
 
 
-def compare(base: ir.Model, other: ir.Model) -> Comparison:
-    """Compare the structure of two models."""
+def compare(base: ir.Model, other: ir.Model, *, sharing: bool = True) -> Comparison:
+    """Compare the structure of two models; ``sharing`` as in ``canonical``."""
     if base.ir_version != other.ir_version:
         return Comparison(Difference("the IR version", str(base.ir_version), str(other.ir_version)))
     opsets = opsets_text(base.opset_imports), opsets_text(other.opset_imports)
@@ -58,16 +58,18 @@ def compare(base: ir.Model, other: ir.Model) -> Comparison:
         return Comparison(
             Difference("the functions", str(sorted(base.functions)), str(sorted(other.functions)))
         )
-    walk = _Walk(named=True)
+    walk = _Walk(named=True, sharing=sharing)
     difference = walk.graphs(base.graph, other.graph)
     for identifier in sorted(base.functions):
         if difference is None:
-            difference = _function_difference(base.functions[identifier], other.functions[identifier])
+            difference = _function_difference(
+                base.functions[identifier], other.functions[identifier], sharing=sharing
+            )
     pairs = [(b, o) for b, o in walk.values.items() if b.is_initializer() and o.is_initializer()]
     return Comparison(difference, (*pairs, *walk.unused))
 
 
-def _function_difference(base: ir.Function, other: ir.Function) -> Difference | None:
+def _function_difference(base: ir.Function, other: ir.Function, *, sharing: bool) -> Difference | None:
     place = f"function {base.name!r}"
     opsets = opsets_text(base.opset_imports), opsets_text(other.opset_imports)
     if opsets[0] != opsets[1]:
@@ -76,7 +78,7 @@ def _function_difference(base: ir.Function, other: ir.Function) -> Difference | 
         return Difference(
             f"the attributes of {place}", str(sorted(base.attributes)), str(sorted(other.attributes))
         )
-    return _Walk(named=False).graphs(base, other)
+    return _Walk(named=False, sharing=sharing).graphs(base, other)
 
 
 @dataclass
@@ -84,6 +86,7 @@ class _Walk:
     """Pairs of nodes, initializers and graph inputs that were found to be each other's partner."""
 
     named: bool
+    sharing: bool
     base_dims: Dims = field(default_factory=Dims)
     other_dims: Dims = field(default_factory=Dims)
     nodes: dict[ir.Node, ir.Node] = field(default_factory=dict[ir.Node, ir.Node])
@@ -145,6 +148,8 @@ class _Walk:
             return self.pair_nodes(place, makers[0], makers[1])
         if makers[0] is not None or makers[1] is not None:
             return Difference(place, _made_by(base), _made_by(other))
+        if not self.sharing and base.is_initializer() and other.is_initializer():
+            return self.pair_initializers(place, base, other)
         partner, partner_back = self.values.get(base), self.values_back.get(other)
         if partner is not None or partner_back is not None:
             same = partner is other and partner_back is base

@@ -32,7 +32,7 @@ MAPPING_VERSION = 1
 Run = tuple[int, int, int]
 """Rows of an initializer that hold rows of a parameter: (start in it, start in the parameter, length)."""
 
-Status = Literal["known", "opaque", "absent"]
+Status = Literal["known", "opaque", "absent", "unused"]
 
 
 @dataclass(frozen=True)
@@ -188,18 +188,16 @@ def _rows(tensor: Tensor, *, vector: bool = False) -> Tensor:
 class Placement:
     """Where a parameter lies: in initializers with a recipe, in some without (opaque), or nowhere.
 
-    ``names`` are all its qualified names, ``fingerprint`` that of the value that was exported.
+    ``names`` are all its qualified names, ``fingerprint`` that of the value that was exported, ``shape``
+    the parameter's own. ``unused`` says that the exported graph does not use it at all.
     """
 
     recipes: tuple[Recipe, ...] = ()
     opaque: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's own shape."""
-        return () if self.fingerprint is None else self.fingerprint.shape
+    shape: tuple[int, ...] = ()
+    unused: bool = False
 
     def restored(self, tensor: ir.TensorProtocol) -> Tensor:
         """Return the parameter from its first initializer's tensor."""
@@ -208,6 +206,8 @@ class Placement:
     @property
     def status(self) -> Status:
         """Whether a change to the parameter can be carried over to the file."""
+        if self.unused:
+            return "unused"
         if self.opaque:
             return "opaque"
         return "known" if self.recipes else "absent"
@@ -235,6 +235,8 @@ class ParameterMap:
         data = {
             name: {
                 "opaque": list(placement.opaque),
+                "shape": list(placement.shape),
+                "unused": placement.unused,
                 "names": list(placement.names),
                 "fingerprint": None if placement.fingerprint is None else placement.fingerprint.to_json(),
                 "recipes": [recipe.to_json() for recipe in placement.recipes],
@@ -271,4 +273,6 @@ def _placement(data: Mapping[str, Any]) -> Placement:
         tuple(data["opaque"]),
         tuple(data["names"]),
         None if stored is None else Fingerprint.from_json(stored),
+        tuple(data["shape"]),
+        bool(data["unused"]),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
@@ -26,22 +26,39 @@ _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _MAX_SCALED = 4
 
 
-def find_map(model: ir.Model, parameters: Mapping[str, tuple[Tensor, tuple[str, ...]]]) -> ParameterMap:
+Parameters = Mapping[str, tuple[Tensor, tuple[str, ...]]]
+"""Values, and all their names, by the first of these."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Placements without fingerprints, and the parameters whose values fit two recipes that differ."""
+
+    placements: Mapping[str, Placement]
+    ambiguous: frozenset[str] = frozenset()
+
+    def known(self, name: str) -> bool:
+        """Whether it is certain how a parameter lies in the file."""
+        return self.placements[name].status == "known" and name not in self.ambiguous
+
+
+def find_placements(model: ir.Model, parameters: Parameters) -> Found:
     """Return how every parameter lies in an optimised model, which still has its exporter's metadata.
 
     ``parameters`` gives, by qualified name, the value that was exported and all the names.
     """
     sources = provenance(all_initializers(model.graph))
     placements: dict[str, Placement] = {}
+    ambiguous: set[str] = set()
     for name, (value, names) in parameters.items():
-        candidates = {v.name: v for each in (name, *names) for v in sources.get(each, ())}
-        recipes = [recipe_for(value, candidate) for candidate in candidates.values()]
-        known = tuple(recipe for recipe in recipes if recipe is not None)
-        obscure = tuple(
-            str(candidate) for candidate, recipe in zip(candidates, recipes, strict=True) if recipe is None
-        )
-        placements[name] = Placement(known, obscure, names, fingerprint(value))
-    return ParameterMap(placements)
+        candidates = {v.name or "": v for each in (name, *names) for v in sources.get(each, ())}
+        fitting = {label: recipes_for(value, candidate) for label, candidate in candidates.items()}
+        if any(len(recipes) > 1 for recipes in fitting.values()):
+            ambiguous.add(name)
+        known = tuple(recipes[0] for recipes in fitting.values() if recipes)
+        obscure = tuple(label for label, recipes in fitting.items() if not recipes)
+        placements[name] = Placement(known, obscure, names, shape=tuple(value.shape))
+    return Found(placements, frozenset(ambiguous))
 
 
 def map_by_fingerprint(model: ir.Model, fingerprints: Mapping[str, Fingerprint]) -> ParameterMap:
@@ -60,7 +77,9 @@ def map_by_fingerprint(model: ir.Model, fingerprints: Mapping[str, Fingerprint])
             held.setdefault((moved.shape, moved.sha256), []).append(replace(recipe, perm=(1, 0)))
     return ParameterMap(
         {
-            name: Placement(tuple(held.get((stored.shape, stored.sha256), ())), (), (name,), stored)
+            name: Placement(
+                tuple(held.get((stored.shape, stored.sha256), ())), (), (name,), stored, stored.shape
+            )
             for name, stored in fingerprints.items()
         }
     )
@@ -79,16 +98,34 @@ def provenance(initializers: Iterable[ir.Value]) -> dict[str, list[ir.Value]]:
     return found
 
 
-def recipe_for(value: Tensor, initializer: ir.Value) -> Recipe | None:
-    """Return the recipe that makes an initializer from a parameter's value, bit for bit, or None."""
+def recipes_for(value: Tensor, initializer: ir.Value) -> tuple[Recipe, ...]:
+    """Return the recipes that make an initializer from a parameter's value, bit for bit.
+
+    There are several where the value is too regular to tell (zeros, a symmetric matrix), unless they
+    would do the same to any value.
+    """
     tensor = initializer.const_value
     assert tensor is not None
     held = as_torch(tensor)
     value = value.detach().cpu()
+    fitting: list[Recipe] = []
     for recipe in _proposals(value, held, initializer.name or "", dtype_name(tensor)):
-        if same_bits(recipe.apply(value, held), held):
-            return recipe
-    return None
+        if fitting and (recipe.scale is not None or recipe.runs is not None):
+            break
+        if not same_bits(recipe.apply(value, held), held):
+            continue
+        if not fitting:
+            fitting.append(recipe)
+        elif not _same_effect(fitting[0], recipe, value, held):
+            return (fitting[0], recipe)
+    return tuple(fitting)
+
+
+def _same_effect(a: Recipe, b: Recipe, value: Tensor, held: Tensor) -> bool:
+    """Whether two recipes agree on a value of which no two elements are the same."""
+    count = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
+    wide = [replace(recipe, dtype="float64") for recipe in (a, b)]
+    return torch.equal(*(recipe.apply(count, held.double()) for recipe in wide))
 
 
 def _proposals(value: Tensor, held: Tensor, name: str, dtype: str) -> Iterator[Recipe]:

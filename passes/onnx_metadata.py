@@ -48,7 +48,8 @@ class Extent:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=wide))
 
 
 def lossy_notes(extents: Mapping[str, Extent], *, least: float = 0.9) -> list[str]:

@@ -75,12 +75,13 @@ class Patches:
     """Every patch, and what cannot be patched.
 
     ``opaque`` maps initializers without a recipe to the parameter that is in them; ``missing`` are
-    parameters that the file does not hold at all.
+    parameters that the file should hold and does not, ``unused`` those that its graph has no use for.
     """
 
     patches: tuple[Patch, ...]
     opaque: dict[str, str] = field(default_factory=dict[str, str])
     missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def require(self, where: str) -> tuple[Patch, ...]:
         """Return the patches, where they are all there is to do.
@@ -111,8 +112,12 @@ def find_patches(base: ir.Model, mapping: ParameterMap, weights: Weights) -> Pat
     steps: dict[str, list[Step]] = {}
     opaque: dict[str, str] = {}
     missing: list[str] = []
+    unused: list[str] = []
     for name in weights.names:
         placement = mapping.find(name)
+        if placement is not None and placement.unused:
+            unused.append(name)
+            continue
         if placement is None or placement.status == "absent":
             missing.append(name)
             continue
@@ -122,7 +127,9 @@ def find_patches(base: ir.Model, mapping: ParameterMap, weights: Weights) -> Pat
     initializers = base.graph.initializers
     made: list[Patch] = []
     for initializer, listed in steps.items():
+        if initializer in opaque:
+            continue
         tensor = initializers[initializer].const_value
         assert tensor is not None
         made.append(Patch(initializer, tensor, tuple(listed), weights))
-    return Patches(tuple(made), opaque, tuple(missing))
+    return Patches(tuple(made), opaque, tuple(missing), tuple(unused))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
+from lora_fx.passes.onnx_canonical import all_nodes
 from lora_fx.passes.onnx_inputs import Axes, batch_size, dynamic_shapes_of, varying, with_batch, with_length
 from lora_fx.passes.onnx_subject import Inputs
 
@@ -29,6 +31,11 @@ class Program:
 
     model: ir.Model
     notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the initializers."""
+        return frozenset(self.model.graph.initializers)
 
     def optimised(self, values: Mapping[str, Tensor] | None = None) -> ir.Model:
         """Return an optimised copy, holding other values for the named parameters."""
@@ -115,6 +122,7 @@ def _attempted(model: nn.Module, attempt: _Attempt, opset: int | None, notes: li
         exported = _translate(model, attempt, opset)
     translated: ir.Model = exported.model
     _name_outputs(model, attempt.inputs, translated)
+    _name_axes(translated, attempt.axes)
     return Program(translated, tuple(notes))
 
 
@@ -204,6 +212,32 @@ def _name_outputs(model: nn.Module, inputs: Inputs, translated: ir.Model) -> Non
     if len(set(outputs)) == len(outputs) and not any(v.is_graph_input() for v in outputs):
         for value, name in zip(outputs, names, strict=True):
             value.name = name
+
+
+def _name_axes(translated: ir.Model, axes: Axes) -> None:
+    """Call the varying axes of our own choice ``batch`` and ``sequence``, wherever they occur."""
+    named: dict[str, str] = {}
+    for position, axis in sorted(axes, key=lambda item: (item[1], item[0])):
+        shape = translated.graph.inputs[position].shape
+        symbol = None if shape is None else shape[axis]
+        if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None and symbol.value not in named:
+            word = "batch" if axis == 0 else "sequence"
+            count = sum(each.startswith(word) for each in named.values())
+            named[str(symbol.value)] = f"{word}_{count + 1}" if count else word
+    if not named or not all(symbol.isidentifier() for symbol in named):
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, named)) + r")\b")
+    inner = (value for node in all_nodes(translated.graph) for value in node.outputs)
+    for value in itertools.chain(translated.graph.inputs, inner):
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape(
+                [
+                    pattern.sub(lambda found: named[found.group()], str(dim.value))
+                    if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+                    else dim
+                    for dim in value.shape
+                ]
+            )
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

@@ -58,10 +58,29 @@ def replaced_state(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Gen
             store[name] = tensor
 
 
+class Casts:
+    """Tensors in another dtype, each cast once however many states of a model hold it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a floating tensor cast, and any other as it is."""
+        if not tensor.is_floating_point():
+            return tensor
+        # Views and Parameters made anew in each state share the memory that tells them apart.
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key not in self._made:
+            self._made[key] = (tensor, tensor.detach().to(self._dtype))
+        return self._made[key][1]
+
+
 @contextmanager
-def cast_state(model: nn.Module, dtype: torch.dtype) -> Generator[nn.Module]:
+def cast_state(model: nn.Module, casts: Casts | torch.dtype) -> Generator[nn.Module]:
     """Hold every floating parameter and buffer in another dtype; tied ones stay tied."""
-    with replaced_state(model, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor):
+    casts = casts if isinstance(casts, Casts) else Casts(casts)
+    with replaced_state(model, casts):
         yield model
 
 

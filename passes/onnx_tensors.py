@@ -25,6 +25,7 @@ _TORCH: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
 CHUNK = 4 << 20
+_START = 256
 FROM_TORCH: Mapping[torch.dtype, ir.DataType] = {dtype: onnx for onnx, dtype in _TORCH.items()}
 
 
@@ -145,4 +146,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    ours, theirs = (tensor.contiguous().view(integer).view(-1) for tensor in (a, b))
+    # Most tensors that differ do so at the start.
+    return torch.equal(ours[:_START], theirs[:_START]) and torch.equal(ours, theirs)

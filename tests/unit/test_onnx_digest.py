@@ -276,6 +276,17 @@ def test_any_change_is_found_and_its_place_named(tamper: Callable[[ir.Model], No
     assert place in str(difference), difference
 
 
+def test_sharing_of_equal_initializers_may_be_left_out() -> None:
+    other = model()
+    weights_shared(other)
+    assert not agree(model(), other)
+    assert canonical(model(), sharing=False).digest == canonical(other, sharing=False).digest
+    assert compare(model(), other, sharing=False).difference is None
+    attribute(other)
+    assert canonical(model(), sharing=False).digest != canonical(other, sharing=False).digest
+    assert compare(model(), other, sharing=False).difference is not None
+
+
 def test_a_deep_chain_needs_no_recursion() -> None:
     def chain() -> ir.Model:
         x = ir.val("x", ir.DataType.FLOAT, [1])

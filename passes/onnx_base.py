@@ -1,0 +1,192 @@
+"""The base graph: one whose structure does not depend on the weights' values, and its map.
+
+The exporter's optimiser looks at values: it drops a bias of zeros and a factor of ones, and merges
+small initializers of equal bytes. An adapter that trains such a parameter would then give another
+graph than its base. So parameters that leave no trace are set to arbitrary values while the graph is
+optimised, and their true values are put back through the map.
+
+The map is tested by what it claims: with other values for all matrices, optimising again must give
+exactly what the recipes say, and change nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lora_fx.fingerprints import fingerprint
+from lora_fx.passes.onnx_canonical import all_initializers
+from lora_fx.passes.onnx_content import tensor_hash
+from lora_fx.passes.onnx_diff import compare
+from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe
+from lora_fx.passes.onnx_match import Found, Parameters, find_placements
+from lora_fx.passes.onnx_program import Program
+from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, from_torch, same_bits, same_tensor
+
+Placements = dict[str, Placement]
+
+
+def make_base(program: Program, parameters: Parameters) -> tuple[ir.Model, ParameterMap]:
+    """Return the optimised base graph, with the exporter's metadata, and its map."""
+    job = _Base(program, parameters)
+    model = program.optimised()
+    found = find_placements(model, parameters)
+    unclear = [name for name in job.used if not found.known(name)]
+    if unclear:
+        model, found = job.with_traces(unclear, model, found)
+    placements = dict(found.placements)
+    placements |= job.fused(model, placements, [name for name in job.used if not found.known(name)])
+    placements |= job.tested(model, placements)
+    return model, ParameterMap({name: job.completed(name, placements[name]) for name in parameters})
+
+
+class _Base:
+    """The unoptimised graph with its parameters' values, and under which names it holds them."""
+
+    def __init__(self, program: Program, parameters: Parameters) -> None:
+        self.program = program
+        self.parameters = parameters
+        self.used: dict[str, str] = {}
+        self.kept: dict[str, Tensor] = {}
+        for name, (_, names) in parameters.items():
+            held = next((each for each in (name, *names) if each in program.names), None)
+            if held is not None:
+                self.used[name] = held
+
+    def value(self, name: str) -> Tensor:
+        """Return a parameter's true value."""
+        return self.parameters[name][0].detach().cpu()
+
+    def optimised(self, values: Mapping[str, Tensor]) -> ir.Model:
+        """Return the optimised graph with other values for some parameters."""
+        values = {**self.kept, **values}
+        return self.program.optimised({self.used[name]: value for name, value in values.items()})
+
+    def completed(self, name: str, placement: Placement) -> Placement:
+        """Return a placement with the true value's fingerprint."""
+        return replace(
+            placement, fingerprint=fingerprint(self.parameters[name][0]), unused=name not in self.used
+        )
+
+    def with_traces(self, unclear: Sequence[str], model: ir.Model, found: Found) -> tuple[ir.Model, Found]:
+        """Return a graph in which parameters are to be found that left no clear trace for their values."""
+        values = {name: _arbitrary(self.value(name), seed) for seed, name in enumerate(unclear)}
+        graph, traced = self._found_with(values)
+        kept = {name: value for name, value in values.items() if traced.known(name)}
+        if not kept:
+            return model, found
+        if len(kept) < len(values):
+            graph, traced = self._found_with(kept)
+            if not all(traced.known(name) for name in kept):
+                return model, found
+        restored = {name: self._put_back(graph, traced.placements[name], name) for name in kept}
+        if not _holds_only(graph, model, {r.initializer for p in restored.values() for r in p.recipes}):
+            return model, found
+        self.kept = kept
+        # Whatever was clear before is so with the same values in this graph.
+        true = find_placements(graph, self.parameters)
+        return graph, Found({**true.placements, **restored}, true.ambiguous - set(kept))
+
+    def _found_with(self, values: Mapping[str, Tensor]) -> tuple[ir.Model, Found]:
+        graph = self.optimised(values)
+        changed = {n: (values.get(n, value), names) for n, (value, names) in self.parameters.items()}
+        return graph, find_placements(graph, changed)
+
+    def _put_back(self, graph: ir.Model, placement: Placement, name: str) -> Placement:
+        """Put a parameter's true value into a graph that was made with another."""
+        recipes: list[Recipe] = []
+        for recipe in placement.recipes:
+            value = graph.graph.initializers[recipe.initializer]
+            assert value.const_value is not None
+            true = recipe.apply(self.value(name), as_torch(value.const_value))
+            value.const_value = from_torch(true, recipe.initializer)
+            if recipe.scale is not None and recipe.perm is None:
+                recipe = replace(recipe, scale=recipe.scale.exact(self.value(name), true))  # noqa: PLW2901
+            recipes.append(recipe)
+        return replace(placement, recipes=tuple(recipes))
+
+    def fused(self, model: ir.Model, placements: Placements, names: Sequence[str]) -> Placements:
+        """Find which initializers were computed from parameters that lie nowhere as they are."""
+        if not names:
+            return {}
+        moved = {name: _moved(self.value(name)) for name in names}
+        changed = self._unexplained(model, placements, moved, explained=self.kept) or ()
+        return {
+            name: replace(placements[name], opaque=tuple(dict.fromkeys((*placements[name].opaque, *changed))))
+            for name in names
+        }
+
+    def tested(self, model: ir.Model, placements: Placements) -> Placements:
+        """Optimise with other matrices; return the placements of those that the map does not explain."""
+        matrices = [n for n in self.used if placements[n].status == "known" and self.value(n).dim() > 1]
+        moved = {name: self.kept.get(name, self.value(name)) * -2 for name in matrices}
+        wrong = self._unexplained(model, placements, moved, explained={**self.kept, **moved})
+        if wrong is None:
+            wrong = tuple(model.graph.initializers)
+        doubtful: Placements = {}
+        for place in wrong:
+            # Nothing says which matrix an unexplained change comes from, unless a recipe claims the place.
+            owners = [n for n in matrices if any(r.initializer == place for r in placements[n].recipes)]
+            for owner in owners or matrices:
+                before = doubtful.get(owner, placements[owner])
+                doubtful[owner] = replace(before, opaque=(*before.opaque, place))
+        return doubtful
+
+    def _unexplained(
+        self,
+        model: ir.Model,
+        placements: Placements,
+        values: Mapping[str, Tensor],
+        *,
+        explained: Mapping[str, Tensor],
+    ) -> tuple[str, ...] | None:
+        """Optimise with other values; return the initializers that recipes for some do not explain.
+
+        None: the graph is another.
+        """
+        comparison = compare(model, self.optimised(values))
+        if comparison.difference is not None:
+            return None
+        expected: dict[str, Tensor] = {}
+        for name, value in explained.items():
+            for recipe in placements[name].recipes:
+                tensor = model.graph.initializers[recipe.initializer].const_value
+                assert tensor is not None
+                current = expected.get(recipe.initializer, as_torch(tensor))
+                expected[recipe.initializer] = recipe.apply(value, current)
+        return tuple(
+            ours.name or ""
+            for ours, theirs in comparison.pairs
+            if not _as_expected(ours, theirs, expected.get(ours.name or ""))
+        )
+
+
+def _holds_only(graph: ir.Model, model: ir.Model, but: set[str]) -> bool:
+    """Whether a graph's float initializers, except some, hold what the other's do."""
+    known = {_content(value) for value in all_initializers(model.graph)}
+    return all(value.name in but or _content(value) in known for value in all_initializers(graph.graph))
+
+
+def _content(value: ir.Value) -> str:
+    return "" if value.const_value is None else tensor_hash(value.const_value)
+
+
+def _as_expected(ours: ir.Value, theirs: ir.Value, expected: Tensor | None) -> bool:
+    if expected is None:
+        return same_tensor(ours.const_value, theirs.const_value)
+    tensor = theirs.const_value
+    return tensor is not None and can_hold_weights(tensor) and same_bits(as_torch(tensor), expected)
+
+
+def _arbitrary(value: Tensor, seed: int) -> Tensor:
+    """Return values that no rule of an optimiser asks for, unlike those of any other parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1.5).to(value.dtype)
+
+
+def _moved(value: Tensor) -> Tensor:
+    return (value.detach().cpu().double() * 1.25 + 0.375).to(value.dtype)

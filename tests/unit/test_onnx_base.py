@@ -1,0 +1,196 @@
+"""The base graph and its map: blind to special values of weights, and never wrong about a layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_fx.errors import CertificateError, ExportError
+from lora_fx.passes.export_onnx import export_onnx
+from lora_fx.passes.onnx_files import load
+from lora_fx.passes.onnx_mapping import ParameterMap, Recipe, Scale
+from lora_fx.passes.onnx_match import recipes_for
+from lora_fx.passes.onnx_metadata import read_map
+from tests.unit.onnx_models import Mixed, export_pair, made
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Special(nn.Module):
+    """Weights that an optimiser acts upon: zeros, ones, duplicates, symmetric and constant matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.twin = nn.LayerNorm(8)
+        self.first = nn.Linear(8, 8)
+        self.zero = nn.Linear(8, 8)
+        self.eye = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.shift = nn.Parameter(torch.zeros(8))
+        with torch.no_grad():
+            self.first.bias.zero_()
+            self.zero.weight.zero_()
+            self.zero.bias.zero_()
+            self.eye.weight.copy_(torch.eye(8))
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.zero(torch.tanh(self.first(self.norm(x))))
+        x = self.twin(x) * self.gain + self.shift
+        return self.head(self.eye(x).mean(1))
+
+
+def labels(path: Path) -> dict[str, str]:
+    found = read_map(load(path))
+    assert found is not None
+    return {name: placement.label for name, placement in found.placements.items()}
+
+
+def test_special_values_leave_every_parameter_in_its_place(tmp_path: Path) -> None:
+    model = made(Special)
+    export_onnx(model, tmp_path / "base.onnx", X)
+    found = labels(tmp_path / "base.onnx")
+    assert set(found.values()) == {"identity", "transpose"}, found
+    for name in ("first.weight", "zero.weight", "eye.weight"):
+        assert found[name] == "transpose"
+    session = onnxruntime.InferenceSession(str(tmp_path / "base.onnx"), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(X)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": X.numpy()})[0]), expected)
+
+
+def test_an_adapter_on_special_values_keeps_the_structure(tmp_path: Path) -> None:
+    names = tuple(name for name, _ in made(Special).named_parameters() if name != "gain")
+    _, _, certificate = export_pair(made(Special), names, X, tmp_path)
+    assert certificate.ok
+    assert len(certificate["changed-set"].data["changed"]) == len(names)
+    assert certificate["delta"].data["ulps"] == 0
+
+
+def test_a_factor_that_the_runtime_drops_from_the_base_alone_is_no_equal_latency(tmp_path: Path) -> None:
+    """The runtime drops a factor of exactly one; no export can keep it, and the certificate says so."""
+    with pytest.raises(CertificateError, match="runtime-structure") as caught:
+        export_pair(made(Special), ("gain", "first.weight"), X, tmp_path)
+    assert "(Mul)" in str(caught.value)
+
+
+def test_a_normalisation_trained_beside_its_convolution(tmp_path: Path) -> None:
+    """Then the fused weight is a product of two changes, which only a new optimisation makes right."""
+    image = torch.randn(2, 3, 8, 8)
+    names = ("conv.weight", "bn.weight", "bn.bias", "qkv.weight")
+    base, _, certificate = export_pair(made(Mixed), names, image, tmp_path)
+    assert certificate.ok
+    found = labels(base)
+    assert found["conv.weight"] == "row scale"
+    assert {found[name] for name in ("bn.weight", "bn.bias", "conv.bias")} == {"opaque"}
+    assert "parity alone covers" in certificate["changed-set"].detail
+
+
+class Hidden(nn.Module):
+    """A weight used plainly, and again in a way that leaves another initializer behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 8)
+        self.idle = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x) + F.linear(x, self.plain.weight[:4].repeat(2, 1) * 2)
+        return self.other(x)
+
+
+def test_a_weight_used_twice_in_different_ways(tmp_path: Path) -> None:
+    base, _, certificate = export_pair(made(Hidden), ("plain.weight", "other.weight"), X, tmp_path)
+    assert certificate.ok
+    found = labels(base)
+    assert found["plain.weight"] == "opaque"
+    assert found["other.weight"] == "transpose"
+    assert found["idle.weight"] == "unused"
+
+
+def test_an_unused_weight_is_said_to_be_so(tmp_path: Path) -> None:
+    _, _, certificate = export_pair(made(Hidden), ("idle.weight", "other.weight"), X, tmp_path)
+    assert certificate.ok
+    assert "not used by the exported graph: idle.weight" in certificate["changed-set"].detail
+
+
+def value(content: Tensor) -> ir.Value:
+    found = ir.val("t", ir.DataType.FLOAT, list(content.shape))
+    found.const_value = ir.tensor(content.contiguous().numpy(), name="t")
+    return found
+
+
+W = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
+S = torch.rand(6, generator=torch.Generator().manual_seed(2)) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("weight", "held", "label"),
+    [
+        pytest.param(W, W, "identity", id="identity"),
+        pytest.param(W, W.reshape(6, 12), "identity", id="reshaped"),
+        pytest.param(W, W.permute(2, 0, 1), "transpose", id="permuted"),
+        pytest.param(W[:, :, 0], W[:, :, 0].t(), "transpose", id="transposed"),
+        pytest.param(W, W * S[:, None, None], "row scale", id="scaled"),
+        pytest.param(W, W * S[:4, None], "row scale", id="scaled-inside"),
+        pytest.param(W[:, 0], torch.cat([W[3:, 0], W[:3, 0]]), "rows", id="rows-reordered"),
+        pytest.param(W[:, 0], torch.cat([S[:3, None].expand(3, 3), W[:, 0]]), "rows", id="part-of-more"),
+        pytest.param(W[:, 0, 0], torch.stack([W[:, 0, 0], S]), "rows", id="vector-in-a-matrix"),
+    ],
+)
+def test_recipes_are_found_and_apply_to_other_values(weight: Tensor, held: Tensor, label: str) -> None:
+    weight = weight.contiguous()
+    (recipe,) = recipes_for(weight, value(held))
+    assert recipe.label == label
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert torch.equal(recipe.apply(weight, held.contiguous()), held)
+    assert torch.equal(recipe.restore(held.contiguous(), tuple(weight.shape)), weight)
+    doubled = recipe.apply(weight * 2, held.contiguous())
+    assert torch.equal(recipe.restore(doubled, tuple(weight.shape)), weight * 2) or recipe.scale is not None
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        pytest.param(W + 1e-6, id="slightly-off"),
+        pytest.param(W * torch.rand(W.shape), id="elementwise"),
+        pytest.param(W[:5], id="a-part-only"),
+        pytest.param(-W.flip(0), id="reversed-and-negated"),
+    ],
+)
+def test_no_recipe_where_there_is_none(held: Tensor) -> None:
+    assert recipes_for(W, value(held)) == ()
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 4), torch.eye(4), torch.full((3, 3, 2), 0.5)])
+def test_a_regular_value_fits_two_recipes(weight: Tensor) -> None:
+    assert len(recipes_for(weight, value(weight))) == 2
+
+
+def test_a_scale_brings_back_every_bit() -> None:
+    weight, scaled = W, W * S[:, None, None]
+    scale = Scale(0, tuple(S.tolist())).exact(weight, scaled)
+    assert torch.equal(scale.undo(scaled), weight)
+    assert Scale.from_json(scale.to_json()) == scale
+    assert not torch.equal(Scale(0, tuple(S.tolist())).undo(scaled), weight)
+
+
+def test_axes_are_called_batch_and_sequence(tmp_path: Path) -> None:
+    export_onnx(made(Special), tmp_path / "base.onnx", X)
+    model = load(tmp_path / "base.onnx")
+    assert [str(dim) for dim in model.graph.inputs[0].shape] == ["batch", "sequence", "8"]
+    assert [str(dim) for dim in model.graph.outputs[0].shape] == ["batch", "3"]
+
+
+def test_a_map_of_another_version_is_refused() -> None:
+    with pytest.raises(ExportError, match="mapping_version 99"):
+        ParameterMap.from_json('{"mapping_version": 99, "parameters": {}}')
