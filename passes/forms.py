@@ -36,11 +36,20 @@ def parameter_form(shape: tuple[int, ...], operand: Operand, layout: Layout) -> 
             return None
         view.extend(size for size, _ in parts)
         roles.extend(role for _, role in parts)
-    for axis, role in enumerate(roles):
-        if role == "any":  # an axis of size 1 stands where a role is missing
-            roles[axis] = "out" if "out" not in roles else "inp"
+    roles = _completed(roles)
     axes = {r: tuple(a for a, role in enumerate(roles) if role == r) for r in ("out", "inp", "batch")}
     return MatrixForm(shape, tuple(view), axes["out"], axes["inp"], axes["batch"])
+
+
+def _completed(roles: list[str]) -> list[str]:
+    """Give out and in an axis each: one of size 1 first, else one of which a single index is read."""
+    given = list(roles)
+    for missing in ("out", "inp"):
+        if missing not in given:
+            spare = next((kind for kind in ("any", "unread") if kind in given), None)
+            if spare is not None:
+                given[given.index(spare)] = missing
+    return [{"any": "inp", "unread": "batch"}.get(role, role) for role in given]
 
 
 def _cut(shape: tuple[int, ...], operand: Operand, layout: Layout) -> list[Piece] | None:
@@ -54,6 +63,10 @@ def _cut(shape: tuple[int, ...], operand: Operand, layout: Layout) -> list[Piece
         if parts is None:
             return None
         found.extend(parts)
+    begin = starts(shape, layout.offset)
+    for place, n in enumerate(shape):  # a view may not run on from one row into the next
+        if begin[place] + sum((p.n - 1) * p.step for p in found if p.axis == place) >= n:
+            return None
     return found
 
 
@@ -62,20 +75,21 @@ def _parts(n: int, found: list[Piece]) -> list[tuple[int, str]] | None:
     if n == 1:
         return [(1, "any")]
     if not found:
-        return [(n, "batch")]
+        return [(n, "unread")]
     ordered = sorted(found, key=lambda p: -p.step)
     if any(a.step % (b.n * b.step) for a, b in pairwise(ordered)):
         return None
     if len({p.role for p in ordered}) == 1:
         return [(n, ordered[0].role)]
-    sizes, outer = [], n
+    sizes: list[tuple[int, str]] = []
+    outer = n
     for piece in ordered:
         if outer % piece.step:
             return None
         sizes.append((outer // piece.step, piece.role))
         outer = piece.step
     if outer > 1:
-        sizes.append((outer, "batch"))
+        sizes.append((outer, "unread"))
     merged: list[tuple[int, str]] = []
     for size, role in sizes:
         if merged and merged[-1][1] == role:

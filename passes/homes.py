@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from lora_fx.kinds import Kind
@@ -25,6 +26,8 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
         return False, f"{call} {where}: the weight is not the branch's own operand"
     if home is None:
         return False, f"{call} {where}: no module of the model"
+    if isinstance(home, torch.jit.ScriptModule):
+        return False, f"{call} {where}, which is compiled by TorchScript"
     if isinstance(home, fx.GraphModule):
         if found.direct:
             return True, "in the module's own graph"

@@ -37,22 +37,29 @@ class Memory:
 
     def view(self, size: Sequence[int], stride: Sequence[int], offset: int) -> Layout | None:
         """Return the layout of a strided view of this memory, or None where it is not a product."""
-        first = self._locate(offset - self.offset)
-        axes = [self._axis(n, s) for n, s in zip(size, stride, strict=True)]
-        if first is None or any(axis is None for axis in axes):
+        reached = self._locate(offset - self.offset)
+        if reached is None:
             return None
-        return Layout(tuple(axis for axis in axes if axis is not None), self.first + first)
-
-    def _locate(self, place: int) -> int | None:
-        found = 0
-        for block in sorted(self.blocks, key=lambda b: -b.memory):
-            index, place = divmod(place, block.memory)
-            if index >= block.n:
+        first = self.first + sum(index * block.step for block, index in reached.items())
+        axes: list[Axis] = []
+        for n, s in zip(size, stride, strict=True):
+            axis = self._axis(n, s, reached)
+            if axis is None:
                 return None
-            found += index * block.step
+            axes.append(axis)
+        # A view that runs over the end of a block goes on somewhere else in the parameter.
+        within = all(index < block.n for block, index in reached.items())
+        return Layout(tuple(axes), first) if within else None
+
+    def _locate(self, place: int) -> dict[Block, int] | None:
+        """Return the index in every block of a place in memory."""
+        found: dict[Block, int] = {}
+        for block in sorted(self.blocks, key=lambda b: -b.memory):
+            found[block], place = divmod(place, block.memory)
         return found if place == 0 else None
 
-    def _axis(self, n: int, stride: int) -> Axis | None:
+    def _axis(self, n: int, stride: int, reached: dict[Block, int]) -> Axis | None:
+        """Return an axis as factors, and move every block's index to the last one that it reads."""
         factors: list[Factor] = []
         while n > 1:
             if stride == 0:
@@ -64,6 +71,7 @@ class Memory:
             taken = steps_within(block.n, step, n)
             if taken is None:
                 return None
+            reached[block] += (taken - 1) * step
             factors.insert(0, (taken, step * block.step))
             n, stride = n // taken, block.memory * block.n
         return tuple(factors)
@@ -156,7 +164,7 @@ def pieces(shape: Sequence[int], axis: Axis, role: str) -> list[Piece] | None:
 
 def steps_within(length: int, stride: int, n: int) -> int | None:
     """Return how many of n steps stay within a length; None where the last is not on its bound."""
-    if n * stride <= length:
+    if (n - 1) * stride < length:
         return n
     inside = length // stride
     return inside if length % stride == 0 and n % inside == 0 else None

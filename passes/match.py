@@ -51,13 +51,19 @@ def match(trace: Trace) -> tuple[Site, ...]:
         if bare.name in run.reads and (site := _reached(bare, run)) is not None
     }
     twins = Twins(trace.model, [site for site in used.values() if site.uses])
-    return tuple(used.get(name) or _not_reached(site, twins) for name, site in plain.items())
+    return tuple(
+        used.get(name) or _not_reached(site, twins)
+        for name, site in plain.items()
+        if name in used or name not in run.reads
+    )
 
 
 def _reached(bare: Site, run: _Run) -> Site | None:
     """Return the site of a parameter that the run read."""
     read = run.reads[bare.name]
     shape = tuple(read.meta["shape"])
+    if len(shape) < 2:
+        return None  # a lazy parameter that turned out to be a vector
     found = reach(read, run.active)
     uses = sorted(found.uses, key=lambda f: run.order[f.node])
     if not uses:
@@ -124,11 +130,10 @@ def _unfit(bare: Site, uses: list[Found], run: _Run) -> str | None:
 
 def _only_read(bare: Site, found: Reach) -> Site:
     """Return the site of a parameter that is read but never multiplied as a weight."""
-    if not found.reads:
-        return replace(bare, kind="other", uses=(), unfit="read, but by no call that has a result")
     reads = [f"{n.meta.get('op', n.op)} in {n.meta.get('module', '')!r}" for n in found.reads]
-    listed = ", ".join(dict.fromkeys(reads[:3]))
-    return replace(bare, kind="other", uses=(), unfit=f"read by {listed}; never multiplied as a weight")
+    listed = ", ".join(list(dict.fromkeys(reads))[:3]) or "views alone"
+    unfit = bare.unfit or f"read by {listed}; never multiplied as a weight"
+    return replace(bare, kind="other", form=rows_form(bare.shape), uses=(), unfit=unfit)
 
 
 def _not_reached(bare: Site, twins: Twins) -> Site:

@@ -44,6 +44,23 @@ COPIES = frozenset(
 """Operations whose result, where it is no view, is a copy of the same elements in row-major order."""
 
 
+SHUFFLES = frozenset(
+    {
+        "flip",
+        "fliplr",
+        "flipud",
+        "rot90",
+        "roll",
+        "getitem",
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "sort",
+    }
+)
+"""Operations that may keep the shape and yet move the elements."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One call that has a view of a parameter, or a weight computed from it, in a weight's place."""
@@ -102,7 +119,16 @@ def reach(read: fx.Node, active: frozenset[fx.Node]) -> Reach:
                 waiting.append(following)
             elif not uses and user not in seen:
                 found.reads.append(user)
+    found.uses = _without_computations(found.uses, active)
     return found
+
+
+def _without_computations(uses: list[Found], active: frozenset[fx.Node]) -> list[Found]:
+    """Leave out products that only go into a weight: the norm that a spectral norm divides by, say."""
+    inside: set[fx.Node] = set()
+    for weight in {use.operand.weight for use in uses if use.computed is not None}:
+        inside |= ancestors(weight)
+    return [use for use in uses if use.node in active or use.node not in inside]
 
 
 def _operands(user: fx.Node, state: _State) -> Iterator[tuple[Kind, Operand]]:
@@ -141,7 +167,8 @@ def _follow_copy(
         layout = None if state.layout is None else state.layout.reshaped(size)
         return _copied(user, layout, state.computed)
     if tuple(size) == tuple(state.node.meta["shape"]):
-        return _copied(user, state.layout, user.meta["op"])
+        layout = None if user.meta["op"] in SHUFFLES else state.layout
+        return _copied(user, layout, user.meta["op"])
     return None
 
 
@@ -174,11 +201,16 @@ def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     output = next((n for n in graph.nodes if n.op == "output"), None)
     if output is None or not output.all_input_nodes:
         return frozenset(graph.nodes)
-    found: set[fx.Node] = {output}
-    waiting = [output]
+    return ancestors(output)
+
+
+def ancestors(node: fx.Node) -> frozenset[fx.Node]:
+    """Return a node and all that it depends on."""
+    found: set[fx.Node] = {node}
+    waiting = [node]
     while waiting:
-        for node in waiting.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                waiting.append(node)
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
     return frozenset(found)

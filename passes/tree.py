@@ -58,6 +58,8 @@ def _owned(
     """Return the kind, form and unfitness that the first owner gives that any kind knows."""
     for name in names:
         path, _, attribute = name.rpartition(".")
+        if any(is_lazy(p) for p in modules[path].parameters(recurse=False)):
+            continue  # its shapes are not known yet
         for kind in KINDS:
             form = kind.owned(modules[path]).get(attribute)
             if form is not None and form.shape == shape:
