@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,7 +36,7 @@ from lora_fx.passes.runtime import (
     raw,
 )
 from lora_fx.passes.stock_forward import rewrite, stock_home, trace_stock
-from lora_fx.passes.subclass import attach
+from lora_fx.passes.subclass import attach, constants
 from lora_fx.passes.switch import apply_trainability
 from lora_fx.plans import Decision, Plan
 
@@ -281,7 +282,14 @@ def choose_branches(module: nn.Module) -> None:
     held: Binding = module.__dict__[BINDING]
     held.branched = {}
     forms = branchable(held)
-    if not forms or held.frozen_norm or stock_home(held.base_class) is None:
+    if not forms or held.frozen_norm:
         return
-    done = rewrite(trace_stock(module, held.base_class), forms)
-    held.branched = {name: how for name, how in forms.items() if name in done}
+    # Modules alike in all that tracing would bake in are traced once.
+    key = (held.base_class, frozenset(forms.items()), constants(module))
+    if key not in _branched:
+        stock = stock_home(held.base_class) is not None
+        _branched[key] = rewrite(trace_stock(module, held.base_class), forms) if stock else frozenset()
+    held.branched = {name: how for name, how in forms.items() if name in _branched[key]}
+
+
+_branched: dict[tuple[Any, ...], frozenset[str]] = {}

@@ -81,7 +81,7 @@ def _forward(module: nn.Module, held: Binding) -> Callable[..., Any] | None:
         return _frozen_norm_forward(held.base_class)
     if not held.branched:
         return None
-    key = ("forward", held.base_class, frozenset(held.branched.items()), _constants(module))
+    key = ("forward", held.base_class, frozenset(held.branched.items()), constants(module))
     if key not in _forwards:
         graph = trace_stock(module, held.base_class)
         rewrite(graph, held.branched)
@@ -110,7 +110,7 @@ def _with_defaults(base: type[nn.Module], forward: Callable[..., Any]) -> Callab
 _forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
-def _constants(module: nn.Module) -> tuple[tuple[str, str], ...]:
+def constants(module: nn.Module) -> tuple[tuple[str, str], ...]:
     """What tracing bakes into a stock forward: the module's plain attributes, and which are None."""
     plain = {k: repr(v) for k, v in module.__dict__.items() if _is_constant(k, v)}
     none = {k: "None" for k, v in own_parameters(module).items() if v is None}
