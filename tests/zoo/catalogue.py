@@ -1,0 +1,199 @@
+"""The zoo: names of models and how to build each, small and with random weights."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.zoo.hints import HINTS
+from tests.zoo.inputs import BATCH, dummy_inputs
+from tests.zoo.tiny_configs import tiny
+
+Built = tuple[nn.Module, dict[str, Any]]
+"""A model in eval mode and the keyword arguments of one forward."""
+
+_SMALL = ("test", "atto", "femto", "pico", "nano", "xxt", "xxs", "micro", "zepto", "tiny", "xt", "xs", "mini", "_s", "small", "050", "18", "b0", "_n")
+_HEADS = (
+    "CAUSAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MASKED_LM",
+    "SEMANTIC_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION",
+    "OBJECT_DETECTION",
+    "DEPTH_ESTIMATION",
+    "IMAGE_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+    "CTC",
+    "AUDIO_CLASSIFICATION",
+    "TIME_SERIES_PREDICTION",
+)
+
+
+def names() -> list[str]:
+    """Return every name of the zoo: ``timm/…``, ``torchvision/…``, ``transformers/…``."""
+    return [*timm_names(), *torchvision_names(), *transformers_names()]
+
+
+def build(name: str) -> Built:
+    """Build one model of the zoo, on the CPU, in eval mode."""
+    torch.manual_seed(0)
+    library, _, rest = name.partition("/")
+    model, inputs = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library](rest)
+    return model.eval(), inputs
+
+
+def timm_names() -> list[str]:
+    """Return one name per timm family: a small member, by its name."""
+    import timm
+
+    found = []
+    for family in timm.list_modules():
+        members = timm.list_models(module=family)
+        if members:
+            found.append(f"timm/{min(members, key=lambda n: (_rank(n), len(n), n))}")
+    return sorted(found)
+
+
+def _rank(name: str) -> int:
+    return next((i for i, word in enumerate(_SMALL) if word in name), len(_SMALL))
+
+
+def _timm(name: str) -> Built:
+    import timm
+
+    refusal: Exception | None = None
+    for size in (64, 96, 128, None):
+        try:
+            options = {} if size is None else {"img_size": size}
+            try:
+                model = timm.create_model(name, num_classes=10, **options)
+            except TypeError:
+                model = timm.create_model(name, num_classes=10)
+            shape = model.default_cfg["input_size"]
+            image = torch.randn(BATCH, shape[0], size or shape[1], size or shape[2])
+            with torch.no_grad():
+                model.eval()(image)
+        except Exception as error:  # noqa: BLE001 - a size that a family does not take: the next is tried
+            refusal = error
+            continue
+        return model, {next(iter(_forward_names(model))): image}
+    raise RuntimeError(f"no input size suits {name}") from refusal
+
+
+def _forward_names(model: nn.Module) -> Iterator[str]:
+    import inspect
+
+    yield from inspect.signature(model.forward).parameters
+
+
+def torchvision_names() -> list[str]:
+    """Return one name per torchvision family of classifiers and of segmenters."""
+    from torchvision import models
+
+    found: dict[str, str] = {}
+    for group in (models, models.segmentation):
+        for name in models.list_models(module=group):
+            family = models.get_model_builder(name).__module__
+            held = found.get(family)
+            if held is None or _torchvision_rank(name) < _torchvision_rank(held):
+                found[family] = name
+    # two architectures in one file
+    found["swin_v2"] = "swin_v2_t"
+    return sorted(f"torchvision/{name}" for name in found.values())
+
+
+def _torchvision_rank(name: str) -> tuple[int, int, str]:
+    return _rank(name), len(name), name
+
+
+def _torchvision(name: str) -> Built:
+    from torchvision import models
+
+    options: dict[str, Any] = {"weights": None}
+    if "googlenet" in name or "inception" in name:
+        options["init_weights"] = False
+    if models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
+        options["weights_backbone"] = None
+    model = models.get_model(name, num_classes=10, **options)
+    size = {"inception_v3": 96, "vit_b_16": 224, "maxvit_t": 224}.get(name, 64)
+    return model, {next(iter(_forward_names(model))): torch.randn(BATCH, 3, size, size)}
+
+
+def transformers_names() -> list[str]:
+    """Return every model type of transformers that has a base model."""
+    from transformers.models.auto import modeling_auto
+
+    types_ = modeling_auto.MODEL_MAPPING_NAMES
+    return [f"transformers/{name}" for name in sorted(types_)]
+
+
+def _transformers(name: str) -> Built:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    hints = HINTS.get(name, {})
+    if "skip" in hints:
+        raise NotImplementedError(hints["skip"])
+    config_class = CONFIG_MAPPING[name]
+    refusal: Exception | None = None
+    for head in candidates(name, hints):
+        try:
+            config = tiny(config_class, dict(hints.get("config", {})))
+            config._attn_implementation = hints.get("attention", "eager")
+            model = head(config).eval()
+            return model, _fitting_inputs(model, hints)
+        except Exception as error:  # noqa: BLE001 - a head that does not suit: the next is tried
+            refusal = refusal or error
+    raise refusal or RuntimeError(f"no class of {name}")
+
+
+def candidates(name: str, hints: dict[str, Any]) -> Iterator[type[nn.Module]]:
+    """Yield the classes to try for one model type, heads first, the bare model last."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if "head" in hints:
+        yield getattr(transformers, hints["head"])
+        return
+    for head in _HEADS:
+        found = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(name)
+        if found is not None:
+            yield _class(name, found)
+            break
+    base = modeling_auto.MODEL_MAPPING_NAMES[name]
+    yield _class(name, base[0] if isinstance(base, tuple) else base)
+
+
+def _class(model_type: str, name: str) -> type[nn.Module]:
+    import transformers
+
+    if hasattr(transformers, name):
+        found: type[nn.Module] = getattr(transformers, name)
+        return found
+    module: types.ModuleType = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return getattr(module, name)
+
+
+def _fitting_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs that run; image tokens are added where the model says how many it wants."""
+    inputs = dummy_inputs(model, hints)
+    with torch.no_grad():
+        try:
+            model(**inputs)
+        except ValueError as error:
+            told = re.search(r"tokens: *(\d+).*features:? *(?:torch.Size\(\[)?(\d+)", str(error))
+            token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+            if told is None or token is None or "input_ids" not in inputs:
+                raise
+            each = int(told[2]) // BATCH
+            ids = torch.cat([inputs["input_ids"], torch.full((BATCH, each), token)], dim=1)
+            inputs["input_ids"], inputs["attention_mask"] = ids, torch.ones_like(ids)
+            model(**inputs)
+    return inputs

@@ -1,0 +1,236 @@
+"""Everything the zoo asks of one model, stage by stage; a stage that fails is written down with its cause."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.probe import float_leaves, uneven
+from tests.zoo.catalogue import Built, build
+
+EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
+TOLERANCE = 1e-5
+STAGES = ("build", "trace", "plan", "inject", "fold", "step", "roundtrip", "verify")
+Row = dict[str, Any]
+
+
+def measure(name: str, *, onnx: bool = False, tell: Callable[[Row], None] = lambda row: None) -> Row:
+    """Return one row of the table; ``tell`` hears the row after every stage, in case the next one hangs."""
+    row: Row = {"name": name, "seconds": {}, "failed": {}}
+    subject = _Subject(row, tell)
+    built: Built | None = subject.stage("build", lambda: build(name))
+    if built is None:
+        return row
+    model, inputs = built
+    row["class"], row["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
+    _facts(model, inputs, subject)
+    if subject.stage("inject", lambda: _inject(model, inputs)) is None:
+        return row
+    subject.stage("fold", lambda: _fold(model, inputs))
+    subject.stage("step", lambda: _step(model, inputs))
+    subject.stage("roundtrip", lambda: _roundtrip(model, inputs))
+    subject.stage("verify", lambda: _verify(model, inputs, row))
+    if onnx:
+        subject.stage("onnx", lambda: _onnx(model, inputs, row))
+    return row
+
+
+class _Subject:
+    def __init__(self, row: Row, tell: Callable[[Row], None]) -> None:
+        self.row, self.tell = row, tell
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run one stage; return its result (True for None), or None where it failed."""
+        self.tell({**self.row, "failed": {**self.row["failed"], name: "did not end"}})
+        started = time.perf_counter()
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - the table's rows are for failures too
+            self.row["failed"][name] = cause(error)
+            result = None
+        else:
+            result = True if result is None else result
+        self.row["seconds"][name] = round(time.perf_counter() - started, 3)
+        self.tell(self.row)
+        return result
+
+
+def cause(error: BaseException) -> str:
+    """Return an error as one line: its type, its text, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-3:])
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]} [{where}]"
+
+
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """Run the model from one random state, leaving its buffers as they were; return its float tensors."""
+    with preserved(model):
+        torch.manual_seed(7)
+        return float_leaves(model(**inputs))
+
+
+def _facts(model: nn.Module, inputs: dict[str, Any], subject: _Subject) -> None:
+    row = subject.row
+    with torch.no_grad():
+        row["seconds"]["forward"] = min(_timed(lambda: model(**inputs)) for _ in range(3))
+    traced = subject.stage("trace", lambda: lora_fx.trace(model, inputs))
+    if traced is None:
+        return
+    row["seconds"]["trace"] = min(row["seconds"]["trace"], _timed(lambda: lora_fx.trace(model, inputs)))
+    row["holes"] = len(traced.holes)
+    plan = subject.stage("plan", lambda: lora_fx.plan(traced, EVERYTHING))
+    if plan is not None:
+        row.update(coverage(model, inputs, plan))
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return round(time.perf_counter() - started, 4)
+
+
+def gradient_names(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
+    """Return the parameters of two or more dimensions that full fine-tuning would move."""
+    named = {n: p for n, p in model.named_parameters() if p.dim() >= 2 and p.is_floating_point()}
+    flags = {n: p.requires_grad for n, p in named.items()}
+    for parameter in named.values():
+        parameter.requires_grad_(True)
+    try:
+        with preserved(model), torch.enable_grad():
+            torch.manual_seed(7)
+            live = [o for o in float_leaves(model(**inputs)) if o.requires_grad]
+            total = torch.stack([(o * uneven(o)).sum().double() for o in live]).sum()
+            slopes = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(flags[name])
+    return {n for n, g in zip(named, slopes, strict=True) if g is not None and bool(g.any())}
+
+
+def coverage(model: nn.Module, inputs: dict[str, Any], plan: lora_fx.Plan) -> Row:
+    """Return the share of trainable elements that are adapted, why the rest is not, and the forms."""
+    moved = gradient_names(model, inputs)
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    reasons: Counter[str] = Counter()
+    adapted = 0
+    for name in moved:
+        decision = plan[name] if name in plan else None
+        if decision is not None and decision.action == "adapt":
+            adapted += sizes[name]
+        else:
+            why = "no decision" if decision is None else f"{decision.reason.value}: {decision.detail}"
+            reasons[why] += sizes[name]
+    total = sum(sizes[n] for n in moved)
+    forms = Counter(d.form or "?" for d in plan.adapted)
+    return {
+        "sites": len(plan.adapted),
+        "share": round(adapted / total, 5) if total else None,
+        "shortfall": {why: round(n / total, 5) for why, n in reasons.most_common(4)},
+        "forms": dict(forms),
+        "adapted_without_gradient": len([d for d in plan.adapted if not moved & {d.name, *d.site.names}]),
+    }
+
+
+def _inject(model: nn.Module, inputs: dict[str, Any]) -> None:
+    model.requires_grad_(False)  # torch picks kernels by requires_grad: hold it equal on both sides
+    with torch.no_grad():
+        before = outputs_of(model, inputs)
+        lora_fx.inject(model, EVERYTHING, inputs, seed=0)
+        after = outputs_of(model, inputs)
+    assert same(before, after), "the outputs changed at inject"
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Say whether two lists of outputs are equal bit for bit (NaN equals NaN)."""
+    return len(left) == len(right) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(left, right, strict=True)
+    )
+
+
+def far(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Return the largest |difference| / |reference| by norm over all outputs."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        gap = torch.where(a == b, 0.0, a.double() - b.double()).norm()
+        worst = max(worst, float(gap / torch.where(b.isfinite(), b, 0).double().norm().clamp_min(1e-30)))
+    return worst
+
+
+def randomise(model: nn.Module) -> None:
+    """Move every trained parameter away from its start, as a few steps of training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def _fold(model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        base = outputs_of(model, inputs)
+        randomise(model)
+        found = outputs_of(model, inputs)
+        assert not same(found, base), "random adapters change nothing"
+        with lora_fx.folded(model):
+            wanted = outputs_of(model, inputs)
+    difference = far(found, wanted)
+    assert difference <= TOLERANCE, f"injected and folded differ by {difference:.2e}"
+
+
+def _step(model: nn.Module, inputs: dict[str, Any]) -> None:
+    before = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    trained = lora_fx.parameters(model)
+    optimiser = torch.optim.SGD(trained, lr=1e-3)
+    live = [o for o in outputs_of(model, inputs) if o.requires_grad]
+    torch.stack([(o * uneven(o)).sum() for o in live]).sum().backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    ours = {id(p) for p in trained}
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ours}
+    moved = {n for n, p in model.state_dict().items() if not torch.equal(p.nan_to_num(), before[n].nan_to_num())}
+    assert moved, "the step changed nothing"
+    assert moved <= names, f"the step changed {sorted(moved - names)[:5]}"
+
+
+def _roundtrip(model: nn.Module, inputs: dict[str, Any]) -> None:
+    base = copy.deepcopy(model)
+    lora_fx.unload(base)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "adapter.safetensors"
+        wanted = outputs_of(model, inputs)
+        lora_fx.save_adapter(model, path)
+        lora_fx.load_adapter(base, path)
+        assert same(outputs_of(base, inputs), wanted), "the loaded adapter computes something else"
+        lora_fx.unload(base)
+        with lora_fx.disable_adapter(model):
+            plain = outputs_of(model, inputs)
+        assert same(outputs_of(base, inputs), plain), "the unloaded model is not the base"
+
+
+def _verify(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
+    report = lora_fx.verify(model, inputs)
+    row["comparisons"] = len(report.comparisons)
+    row["notes"] = list(report.notes)
+    worst = report.worst
+    row["worst"] = None if worst is None else worst.difference / worst.tolerance
+    row["bad_sites"] = sorted({c.what for c in report.failures})[:8]
+    report.raise_for_failure()
+
+
+def _onnx(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        certificate = lora_fx.export_onnx(model, Path(folder) / "folded.onnx", inputs)
+    row["certificate"] = certificate.to_json() if hasattr(certificate, "to_json") else None
+    certificate.raise_for_failure()

@@ -1,0 +1,127 @@
+"""Run the zoo: a process per model, with a limit in seconds; every row goes into a file of JSON lines.
+
+``python -m tests.zoo.run --out artifacts/zoo/quick.jsonl [--match timm/*] [--onnx] [--workers 2]``.
+Rows that the file already holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tests import conftest  # noqa: F401 - torchvision, where its operators do not load
+from tests.zoo.catalogue import names
+from tests.zoo.measure import Row, measure
+
+
+def rows(path: Path) -> list[Row]:
+    """Return what a file of JSON lines holds, the last row of each name."""
+    if not path.exists():
+        return []
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return list({row["name"]: row for row in found}.values())
+
+
+def run(todo: list[str], out: Path, *, onnx: bool, workers: int, limit: float) -> None:
+    """Measure these models, at most ``workers`` at a time, each at most ``limit`` seconds."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(todo), dict[Connection, _Worker]()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                worker = _Worker(context, waiting.pop(0), onnx)
+                running[worker.receiver] = worker
+            for receiver in wait(list(running), timeout=1.0):
+                running[receiver].read()  # type: ignore[index]
+            for worker in list(running.values()):
+                row = worker.row_if_over(limit)
+                if row is not None:
+                    del running[worker.receiver]
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+
+
+class _Worker:
+    """One forked process and the last row that it told."""
+
+    def __init__(self, context: Any, name: str, onnx: bool) -> None:
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.row: Row = {"name": name, "seconds": {}, "failed": {"build": "did not start"}}
+        self.started, self.ended = time.monotonic(), False
+        self.process = context.Process(target=_work, args=(name, onnx, sender), daemon=True)
+        self.process.start()
+        sender.close()
+
+    def read(self) -> None:
+        try:
+            self.row = self.receiver.recv()
+        except EOFError:
+            self.ended = True
+
+    def row_if_over(self, limit: float) -> Row | None:
+        late = time.monotonic() - self.started > limit
+        if not self.ended and not late:
+            return None
+        if not self.ended:
+            self.process.kill()
+        self.process.join()
+        unfinished = [stage for stage, why in self.row["failed"].items() if why == "did not end"]
+        for stage in unfinished:
+            self.row["failed"][stage] = f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
+        self.receiver.close()
+        return {**self.row, "total": round(time.monotonic() - self.started, 2)}
+
+
+def _work(name: str, onnx: bool, sender: Connection) -> None:
+    try:
+        measure(name, onnx=onnx, tell=sender.send)
+    except BaseException:  # noqa: BLE001 - told to the parent
+        sender.send({"name": name, "seconds": {}, "failed": {"harness": traceback.format_exc()[-600:]}})
+    finally:
+        sender.close()
+        os._exit(0)
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--match", nargs="*", default=["*"])
+    parser.add_argument("--names", type=Path, help="a file with one name a line")
+    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure failed rows again")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=90.0)
+    given = parser.parse_args()
+    _preload()
+    known = {row["name"] for row in rows(given.out) if not (given.again and row["failed"])}
+    listed = names() if given.names is None else given.names.read_text(encoding="utf-8").split()
+    todo = [n for n in listed if n not in known and any(fnmatch.fnmatch(n, m) for m in given.match)]
+    run(todo, given.out, onnx=given.onnx, workers=given.workers, limit=given.limit)
+
+
+def _preload() -> None:
+    """Import what every worker needs once, before forking."""
+    import timm  # noqa: F401
+    import torch
+    import torchvision.models  # noqa: F401
+    import transformers
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    main()
