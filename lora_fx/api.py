@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,11 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
     else:
         result = probe(model, adapter, lambda: model(*traced.args, **traced.kwargs))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
+        if result.without_effect:
+            silent = ", ".join(result.without_effect[:3])
+            note = f"{len(result.without_effect)} weights get no gradient on the example inputs: {silent}"
+            known.probe += f"; {note}"
+            warnings.warn(f"{note}. The base gives them none either.", UserWarning, stacklevel=3)
 
 
 def verify(model: nn.Module, example_inputs: Any, *, adapter: str | None = None) -> Report:

@@ -9,7 +9,7 @@ from torch import fx, nn
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 from lora_fx.passes.forms import parameter_form, rows_read
 from lora_fx.passes.homes import branch_of
-from lora_fx.passes.reach import Found, Reach, active_nodes, live_nodes, reach
+from lora_fx.passes.reach import Found, Reach, active_nodes, learning_nodes, live_nodes, reach
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.tree import sites_from_modules
 from lora_fx.passes.twins import Twins, class_names
@@ -23,6 +23,7 @@ class _Run:
     reads: dict[str, fx.Node]
     active: frozenset[fx.Node]
     live: frozenset[fx.Node]
+    learning: frozenset[fx.Node]
     order: dict[fx.Node, int]
     modules: dict[str, nn.Module]
     classes: dict[str, str]
@@ -40,6 +41,7 @@ def match(trace: Trace) -> tuple[Site, ...]:
         reads={n.meta["parameter"]: n for n in graph.nodes if "parameter" in n.meta},
         active=active_nodes(graph),
         live=live_nodes(graph),
+        learning=learning_nodes(graph),
         order={node: index for index, node in enumerate(graph.nodes)},
         modules=dict(trace.model.named_modules(remove_duplicate=False)),
         classes=class_names(trace.model),
@@ -74,6 +76,8 @@ def _reached(bare: Site, run: _Run) -> Site | None:
     unfit = _unfit(bare, live or uses, run)
     if not live:
         unfit = "no-effect: its result reaches no output of the run"
+    elif not any(use.node in run.learning for use in live):
+        unfit = "no-effect: it reaches outputs only through indices, masks or detach, which pass no gradient"
     elif len(live) < len(uses):
         notes.append(f"{len(uses) - len(live)} of its {len(uses)} uses reach no output of the run")
     return replace(

@@ -2,7 +2,8 @@
 
 All adapters are filled with random values and the injected model is run; then the same delta is
 added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run.
-The two outputs must agree. Every adapter must also receive a gradient. Everything is put back.
+The two outputs must agree. Every adapter must also receive a gradient wherever full fine-tuning of
+its weight would. Everything is put back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
+from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
@@ -33,7 +35,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The largest relative difference seen, and the weights whose adapter had no gradient."""
+    """The largest relative difference seen, and the weights whose adapter had no gradient.
+
+    The base gives those none either, on these inputs: it starts a branch at zero, or has one token.
+    """
 
     difference: float
     without_effect: tuple[str, ...]
@@ -43,7 +48,7 @@ def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
     """Check one adapter on one run of the model.
 
     Raises:
-        ProbeError: an adapter has another effect than its delta on the weight, or none.
+        ProbeError: an adapter has another effect than its delta on the weight, or no gradient alone.
     """
     with held_active(model, adapter), preserved(model), random_adapters(model, adapter):
         return _probe(model, adapter, run)
@@ -65,12 +70,13 @@ def held_active(model: nn.Module, adapter: str) -> Generator[None]:
 
 def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
     outputs, silent = _run_with_gradients(model, adapter, run)
-    if silent:
+    deaf = sorted(_learning(model, adapter, run, set(silent))) if silent else []
+    if deaf:
         raise ProbeError(
-            ", ".join(silent[:5]),
-            expected="a gradient for every adapter",
-            got="none: the output does not depend on it",
-            advice="Skip these weights, or pass example inputs that use them (more than one token, say).",
+            ", ".join(deaf[:5]),
+            expected="a gradient, as full fine-tuning of the weight has one",
+            got="none: the output does not depend on the adapter",
+            advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
         )
     reference = _run_with_weights_replaced(model, adapter, run)
     difference, tolerance = compare(outputs, reference)
@@ -81,7 +87,7 @@ def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
             got=f"a relative difference of {difference:.3g}",
             advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
         )
-    return ProbeResult(difference, ())
+    return ProbeResult(difference, tuple(silent))
 
 
 def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[list[Tensor], list[str]]:
@@ -103,6 +109,35 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     moved = {id(p) for p, g in zip(wanted, reached, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
     return [o.detach() for o in outputs], silent
+
+
+def _learning(model: nn.Module, adapter: str, run: Runner, names: set[str]) -> set[str]:
+    """Return which of these weights would give their adapter a gradient, by the folded model's own."""
+    with folded(model, adapter):
+        weights = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with preserved(model), torch.enable_grad():
+            live = [o for o in float_leaves(run()) if o.requires_grad]
+            if not live:
+                return set()
+            total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
+            slopes = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    given = dict(zip(weights, slopes, strict=True))
+    return {n for n, m, a, spec in _sites(model, adapter) if _passed_on(given.get(n), m, a, spec)}
+
+
+def _passed_on(slope: Tensor | None, module: nn.Module, attribute: str, spec: SiteSpec) -> bool:
+    """Say whether the slope of ``W`` gives any slope to the adapter that makes ``W``."""
+    if slope is None or not bool(slope.any()):
+        return False
+    parameters = _sensitive(module, spec)
+    with torch.enable_grad():
+        weight = effective(module, attribute, spec)
+        passed: list[Tensor | None] = list(
+            torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
+        )
+    return any(p is not None and bool(p.any()) for p in passed)
 
 
 def _sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:

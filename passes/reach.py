@@ -198,19 +198,33 @@ def active_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the nodes that an output depends on; all of them where no output was seen."""
+    return _behind_output(graph, frozenset())
+
+
+def learning_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that an output passes a gradient back to.
+
+    Whole numbers and truth values (the indices of a top-k, a mask) pass none, and neither does
+    ``detach``: what reaches an output through these alone is live and cannot be trained.
+    """
+    stopped = (n for n in graph.nodes if n.meta.get("floating") is False or n.meta.get("op") == "detach")
+    return _behind_output(graph, frozenset(stopped))
+
+
+def _behind_output(graph: fx.Graph, stopped: frozenset[fx.Node]) -> frozenset[fx.Node]:
     output = next((n for n in graph.nodes if n.op == "output"), None)
     if output is None or not output.all_input_nodes:
         return frozenset(graph.nodes)
-    return ancestors(output)
+    return ancestors(output, stopped)
 
 
-def ancestors(node: fx.Node) -> frozenset[fx.Node]:
-    """Return a node and all that it depends on."""
+def ancestors(node: fx.Node, stopped: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
+    """Return a node and all that it depends on, not walking back through ``stopped`` nodes."""
     found: set[fx.Node] = {node}
     waiting = [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source not in found:
+            if source not in found and source not in stopped:
                 found.add(source)
                 waiting.append(source)
     return frozenset(found)

@@ -186,12 +186,29 @@ class _NoEffect(nn.Module):
         return self.first(x) + 0 * self.second(x)
 
 
-def test_the_probe_refuses_an_adapter_without_effect() -> None:
+def test_an_adapter_without_a_gradient_is_warned_of_where_the_weight_has_none_either() -> None:
     subject = _NoEffect()
-    watch = _Untouched(subject)
-    with pytest.raises(lora_fx.ProbeError, match=r"second\.weight"):
+    with pytest.warns(UserWarning, match=r"no gradient .*second\.weight"):
         lora_fx.inject(subject, Policy(Rule(rank=2)), X)
-    watch.check()
+    assert all("second" not in c.what for c in lora_fx.verify(subject, X).failures)
+
+
+class _Chosen(nn.Module):
+    """A layer whose result only chooses rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.chooser = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x).gather(-1, self.chooser(x).topk(3).indices)
+
+
+def test_what_only_chooses_is_not_adapted_and_the_plan_says_why() -> None:
+    decision = lora_fx.plan(_Chosen(), Policy(Rule(rank=2)), X)["chooser.weight"]
+    assert (decision.action, decision.reason) == ("skip", "no-effect")
+    assert "indices" in decision.detail
+    lora_fx.inject(_Chosen(), Policy(Rule(rank=2)), X)
 
 
 def test_a_delta_that_half_precision_rounds_away_is_refused_and_a_lossy_one_warned_of() -> None:

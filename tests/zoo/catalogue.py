@@ -18,7 +18,27 @@ from tests.zoo.tiny_configs import tiny
 Built = tuple[nn.Module, dict[str, Any]]
 """A model in eval mode and the keyword arguments of one forward."""
 
-_SMALL = ("test", "atto", "femto", "pico", "nano", "xxt", "xxs", "micro", "zepto", "tiny", "xt", "xs", "mini", "_s", "small", "050", "18", "b0", "_n")
+_SMALL = (
+    "test",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxt",
+    "xxs",
+    "micro",
+    "zepto",
+    "tiny",
+    "xt",
+    "xs",
+    "mini",
+    "_s",
+    "small",
+    "050",
+    "18",
+    "b0",
+    "_n",
+)
 _HEADS = (
     "CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
@@ -177,7 +197,9 @@ def _class(model_type: str, name: str) -> type[nn.Module]:
     if hasattr(transformers, name):
         found: type[nn.Module] = getattr(transformers, name)
         return found
-    module: types.ModuleType = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    module: types.ModuleType = importlib.import_module(
+        f"transformers.models.{model_type}.modeling_{model_type}"
+    )
     return getattr(module, name)
 
 
@@ -189,7 +211,9 @@ def _fitting_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
             model(**inputs)
         except ValueError as error:
             told = re.search(r"tokens: *(\d+).*features:? *(?:torch.Size\(\[)?(\d+)", str(error))
-            token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+            token = getattr(model.config, "image_token_id", None) or getattr(
+                model.config, "image_token_index", None
+            )
             if told is None or token is None or "input_ids" not in inputs:
                 raise
             each = int(told[2]) // BATCH

@@ -30,7 +30,11 @@ def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
         wanted.append("decoder_input_ids")
     if "bbox" in accepted:
         wanted.append("bbox")
-    if "pixel_values" in accepted and "pixel_values" not in wanted and "logit_scale" in dict(model.named_parameters()):
+    if (
+        "pixel_values" in accepted
+        and "pixel_values" not in wanted
+        and "logit_scale" in dict(model.named_parameters())
+    ):
         wanted.append("pixel_values")
     if "pixel_values" in wanted and main == "pixel_values" and _required(accepted, "input_ids"):
         wanted.append("input_ids")
@@ -66,7 +70,14 @@ def part_with(config: Any, name: str) -> Any:
     """Return the first of a configuration and its parts that has this field set."""
     if getattr(config, name, None) is not None:
         return config
-    for key in ("vision_config", "backbone_config", "encoder_config", "audio_config", "text_config", "qformer_config"):
+    for key in (
+        "vision_config",
+        "backbone_config",
+        "encoder_config",
+        "audio_config",
+        "text_config",
+        "qformer_config",
+    ):
         part = getattr(config, key, None)
         if part is not None and not isinstance(part, dict):
             found = part_with(part, name)

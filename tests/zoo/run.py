@@ -76,7 +76,9 @@ class _Worker:
         self.process.join()
         unfinished = [stage for stage, why in self.row["failed"].items() if why == "did not end"]
         for stage in unfinished:
-            self.row["failed"][stage] = f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
+            self.row["failed"][stage] = (
+                f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
+            )
         self.receiver.close()
         return {**self.row, "total": round(time.monotonic() - self.started, 2)}
 

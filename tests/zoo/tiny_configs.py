@@ -19,7 +19,10 @@ _INTEGERS: tuple[tuple[str, Any], ...] = (
     (r".*token_(id|index)", lambda n: n if n < VOCABULARY else None),
     (r".*(vocab_size|num_embeddings|codebook_size|vocab_size_.*)", lambda n: min(n, VOCABULARY)),
     (r"type_vocab_size|num_labels", None),
-    (r"max_.*position.*|n_positions|.*max_position.*|max_(seq|source|target).*|context_length", lambda n: min(n, 128)),
+    (
+        r"max_.*position.*|n_positions|.*max_position.*|max_(seq|source|target).*|context_length",
+        lambda n: min(n, 128),
+    ),
     (r".*(num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|key_value_heads)", "kv"),
     (r".*(heads|n_head|num_head)", HEADS),
     (r".*(qk_rope_head_dim|qk_nope_head_dim)", 8),
@@ -31,18 +34,36 @@ _INTEGERS: tuple[tuple[str, Any], ...] = (
     (r".*num.*experts|n_routed_experts|.*moe_num_.*", lambda n: min(n, 4)),
     (r"first_k_dense_replace|.*dense_replace", lambda n: min(n, 1)),
     (r"n_group|topk_group|num_groups", lambda n: min(n, 1)),
-    (r"n_layers?|.*num_.*layers?|.*_layers|depth|.*_depth|num_blocks|.*num_.*blocks", lambda n: min(n, LAYERS)),
-    (r"num_(object_)?quer(y|ies).*|.*num_queries|.*query_tokens|num_latents|.*resampler_n_latents", lambda n: min(n, 8)),
-    (r".*(hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim|d_latents)", HIDDEN),
-    (r".*(width|projection_dim|proj_dim|out_hidden_size|output_dim|decoder_dim|model_dim|latent_dim|feature_size)", HIDDEN),
-    (r"dim|.*_dim|.*hidden_sizes?|.*_size_per_layer_input|.*hidden_channels|.*_channels", lambda n: HIDDEN if n >= 48 else n),
+    (
+        r"n_layers?|.*num_.*layers?|.*_layers|depth|.*_depth|num_blocks|.*num_.*blocks",
+        lambda n: min(n, LAYERS),
+    ),
+    (
+        r"num_(object_)?quer(y|ies).*|.*num_queries|.*query_tokens|num_latents|.*resampler_n_latents",
+        lambda n: min(n, 8),
+    ),
+    (
+        r".*(hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim|d_latents)",
+        HIDDEN,
+    ),
+    (
+        r".*(width|projection_dim|proj_dim|out_hidden_size|output_dim|decoder_dim|model_dim|latent_dim|feature_size)",
+        HIDDEN,
+    ),
+    (
+        r"dim|.*_dim|.*hidden_sizes?|.*_size_per_layer_input|.*hidden_channels|.*_channels",
+        lambda n: HIDDEN if n >= 48 else n,
+    ),
     (r".*attention_window|sliding_window|window", lambda n: min(n, 16)),
     (r"chunk_size|block_size|.*chunk_length", lambda n: min(n, 16)),
 )
 _LISTS: tuple[tuple[str, Any], ...] = (
     (r".*depths|.*num_(hidden_)?layers|.*num_blocks|layer_depths", lambda n: 1),
     (r".*heads", lambda n: min(n, HEADS)),
-    (r".*(hidden_sizes|embed_dims?|_channels|channels|conv_dim|dims?|hidden_sizes|widths?|filters)", lambda n: min(n, HIDDEN)),
+    (
+        r".*(hidden_sizes|embed_dims?|_channels|channels|conv_dim|dims?|hidden_sizes|widths?|filters)",
+        lambda n: min(n, HIDDEN),
+    ),
 )
 _EMBEDDED = ("backbone_config",)
 
