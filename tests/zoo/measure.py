@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.zoo.catalogue import Built, build
 
 EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
 TOLERANCE = 1e-5
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 STAGES = ("build", "trace", "plan", "inject", "fold", "step", "roundtrip", "verify")
 Row = dict[str, Any]
 
@@ -35,7 +37,7 @@ def measure(name: str, *, onnx: bool = False, tell: Callable[[Row], None] = lamb
     model, inputs = built
     row["class"], row["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
     _facts(model, inputs, subject)
-    if subject.stage("inject", lambda: _inject(model, inputs)) is None:
+    if subject.stage("inject", lambda: _inject(model, inputs, row)) is None:
         return row
     subject.stage("fold", lambda: _fold(model, inputs))
     subject.stage("step", lambda: _step(model, inputs))
@@ -125,12 +127,11 @@ def coverage(model: nn.Module, inputs: dict[str, Any], plan: lora_fx.Plan) -> Ro
     reasons: Counter[str] = Counter()
     adapted = 0
     for name in moved:
-        decision = plan[name] if name in plan else None
-        if decision is not None and decision.action == "adapt":
+        decision = plan[name]
+        if decision.action == "adapt":
             adapted += sizes[name]
         else:
-            why = "no decision" if decision is None else f"{decision.reason.value}: {decision.detail}"
-            reasons[why] += sizes[name]
+            reasons[f"{decision.reason.value}: {decision.detail}"] += sizes[name]
     total = sum(sizes[n] for n in moved)
     forms = Counter(d.form or "?" for d in plan.adapted)
     return {
@@ -142,11 +143,14 @@ def coverage(model: nn.Module, inputs: dict[str, Any], plan: lora_fx.Plan) -> Ro
     }
 
 
-def _inject(model: nn.Module, inputs: dict[str, Any]) -> None:
+def _inject(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
     model.requires_grad_(False)  # torch picks kernels by requires_grad: hold it equal on both sides
     with torch.no_grad():
         before = outputs_of(model, inputs)
-        lora_fx.inject(model, EVERYTHING, inputs, seed=0)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            lora_fx.inject(model, EVERYTHING, inputs, seed=0)
+        row["warnings"] = [str(w.message)[:200] for w in heard if issubclass(w.category, UserWarning)][:3]
         after = outputs_of(model, inputs)
     assert same(before, after), "the outputs changed at inject"
 
@@ -180,14 +184,18 @@ def randomise(model: nn.Module) -> None:
 
 def _fold(model: nn.Module, inputs: dict[str, Any]) -> None:
     with torch.no_grad():
-        base = outputs_of(model, inputs)
+        with lora_fx.disable_adapter(model):
+            base = outputs_of(model, inputs)
         randomise(model)
         found = outputs_of(model, inputs)
         assert not same(found, base), "random adapters change nothing"
         with lora_fx.folded(model):
             wanted = outputs_of(model, inputs)
     difference = far(found, wanted)
-    assert difference <= TOLERANCE, f"injected and folded differ by {difference:.2e}"
+    if difference > TOLERANCE and wanted[0].dtype == torch.float32:
+        return _fold(doubled(model), doubled(inputs))
+    assert difference <= TOLERANCES[wanted[0].dtype], f"injected and folded differ by {difference:.2e}"
+    return None
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -229,7 +237,19 @@ def _verify(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
     worst = report.worst
     row["worst"] = None if worst is None else worst.difference / worst.tolerance
     row["bad_sites"] = sorted({c.what for c in report.failures})[:8]
-    report.raise_for_failure()
+    if report.ok:
+        return
+    # Deep random networks amplify float32's rounding: then float64, where a fault would stay, decides.
+    wide = doubled(model), doubled(inputs)
+    row["float64"] = True
+    lora_fx.verify(*wide).raise_for_failure()
+
+
+def doubled(value: Any) -> Any:
+    """Return a copy in float64 of a model or of its inputs."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in value.items()}
 
 
 def _onnx(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:

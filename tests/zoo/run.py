@@ -119,7 +119,7 @@ def _preload() -> None:
     import transformers
     import transformers.modeling_utils
     import transformers.models.auto.modeling_auto
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

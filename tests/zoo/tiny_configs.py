@@ -11,7 +11,7 @@ HIDDEN, HEADS, INNER, LAYERS = 32, 2, 48, 2
 
 # The first pattern that matches a field's name decides; None keeps the default. `n` is the default.
 _INTEGERS: tuple[tuple[str, Any], ...] = (
-    (r"(num_)?(image|frame|crop)_?size|img_size", lambda n: 32 if n >= 32 else n),
+    (r"(num_)?(image|frame|crop)_?size|img_size", lambda n: min(32, n)),
     (r".*patch_size|patch_.*|.*_stride|.*kernel.*|.*num_channels|in_chans?|.*in_channels|stride", None),
     (r"pad_token_id", 0),
     (r"bos_token_id", 1),
@@ -65,10 +65,9 @@ _LISTS: tuple[tuple[str, Any], ...] = (
         lambda n: min(n, HIDDEN),
     ),
 )
-_EMBEDDED = ("backbone_config",)
 
 
-def tiny(config_class: type, overrides: dict[str, Any], top: bool = True) -> Any:
+def tiny(config_class: type, overrides: dict[str, Any]) -> Any:
     """Return a small configuration of this class; ``overrides`` name fields, ``a.b`` those of a part."""
     return config_class(**tiny_fields(config_class, overrides))
 
