@@ -12,8 +12,8 @@ from torch import fx
 from lora_fx.kinds.base import shape_of
 from lora_fx.passes.attention import Attention, Product, fused_operands
 from lora_fx.passes.feeding_rows import DRAWS, Feed, Feeding
-from lora_fx.passes.flow import Flow
-from lora_fx.passes.op_groups import NORMS, SUMS
+from lora_fx.passes.flow import Flow, is_floating
+from lora_fx.passes.op_groups import ELEMENTWISE, NORMS, SUMS
 from lora_fx.passes.replay import Replay, segment_between, structure
 
 
@@ -54,6 +54,8 @@ class Orientation:
         scores = attention.logits
         if scores is None or product.left is product.right or not shape_of(scores):
             return True
+        if _is_plain(attention, product):
+            return True
         segment = segment_between(scores, product.factors, self.flow.order)
         axis = self._asked_axis(attention)
         key = (structure(segment), axis)
@@ -87,6 +89,25 @@ class Orientation:
             alone = [axis for axis, n in enumerate(spread) if n > 1] == [widest]
             self._axes[key] = widest - len(shape) if alone else attention.dim
         return self._axes[key]
+
+
+def _is_plain(attention: Attention, product: Product) -> bool:
+    """Whether an attention is ``softmax(left @ right, -1) @ values``, all else between being elementwise."""
+    output, shape = attention.outputs[0], shape_of(product.node)
+    if product.node.meta.get("op") not in _STRAIGHT or output.meta.get("op") not in _STRAIGHT:
+        return False
+    if attention.dim not in {-1, len(shape) - 1} or output.args[-1] is not attention.values[0]:
+        return False
+    node = output.all_input_nodes[0]
+    while node is not product.node:
+        above = [n for n in node.all_input_nodes if shape_of(n) == shape and is_floating(n)]
+        if node.meta.get("op") not in ELEMENTWISE or shape_of(node) != shape or len(above) != 1:
+            return False
+        node = above[0]
+    return True
+
+
+_STRAIGHT = frozenset({"matmul", "bmm"})
 
 
 def _places(shape: tuple[int, ...]) -> list[list[int]]:

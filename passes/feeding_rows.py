@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from lora_fx.kinds.base import rows_index, shape_of
 from lora_fx.matrix import MatrixForm, Rows, row_count
 from lora_fx.passes.flow import Flow, Link, sources_above
-from lora_fx.passes.replay import Replay, Segment, segment_between, structure
+from lora_fx.passes.op_groups import KEEPS_CHANNELS
+from lora_fx.passes.replay import Replay, Segment, passes_all, segment_between, structure
 from lora_fx.sites import Site
 
 DRAWS = (20_231_101, 20_240_229)
@@ -42,7 +43,6 @@ class Feeding:
     """Answers which rows feed a value; remembers the answer for calls of the same structure."""
 
     flow: Flow
-    replays: int = 0
     _known: dict[Any, tuple[tuple[Mask, bool], ...]] = field(default_factory=dict[Any, Any])
 
     def rows(
@@ -64,16 +64,24 @@ class Feeding:
         severed = {**self.flow.veins, **{tap.call: (tap.weight,) for tap in taps if tap.weight is not None}}
         leaves = [tap.leaf for tap in taps]
         segment = segment_between(target, leaves, self.flow.order, cut=cut, severed=severed)
-        key = (structure(segment), tuple(tap.layout for tap in taps), part)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _measure(segment, taps, part)
-            self.replays += 1
+        reached = passes_all(segment, KEEPS_CHANNELS) if part is None else None
+        if reached is not None and all(tap.weight is None for tap in taps):
+            known = tuple((tap.whole(tap.leaf in reached), True) for tap in taps)
+        else:
+            known = self._recalled(segment, taps, part)
         return tuple(
             Feed(tap.link, tap.call, mask, stable)
             for tap, (mask, stable) in zip(taps, known, strict=True)
             if bool(mask.any())
         )
+
+    def _recalled(
+        self, segment: Segment, taps: Sequence[_Tap], part: tuple[int, int, int] | None
+    ) -> tuple[tuple[Mask, bool], ...]:
+        key = (structure(segment), tuple(tap.layout for tap in taps), part)
+        if key not in self._known:
+            self._known[key] = _measure(segment, taps, part)
+        return self._known[key]
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,22 @@ class _Tap:
 
     def hit(self, gradient: Tensor) -> Mask:
         """Return the rows of the site's form at which a gradient is not zero."""
-        form, rows = self.link.site.form, self.link.use.rows
+        form = self.link.site.form
         if self.weight is not None or self.link.operand is None:
             matrix = form.matrix(gradient.abs())
             return (matrix != 0).any(-1).reshape(-1, form.out_features).any(0)
-        channels = (gradient.movedim(self.link.operand.channel, 0).flatten(1) != 0).any(1)
+        return self._placed((gradient.movedim(self.link.operand.channel, 0).flatten(1) != 0).any(1))
+
+    def whole(self, reached: bool) -> Mask:
+        """Return all rows that the call reads, or none."""
+        form, rows = self.link.site.form, self.link.use.rows
+        return self._placed(torch.full((row_count(rows, form),), reached))
+
+    def _placed(self, channels: Tensor) -> Mask:
+        rows = self.link.use.rows
         if rows is None:
             return channels
-        mask = torch.zeros(form.out_features, dtype=torch.bool)
+        mask = torch.zeros(self.link.site.form.out_features, dtype=torch.bool)
         mask[rows_index(rows, mask.device)] = channels
         return mask
 

@@ -70,5 +70,28 @@ ACTIVATIONS = _words(
 )
 """Elementwise functions that bend; composite ones (a hand-written GELU or SiLU) are made of these."""
 
+ELEMENTWISE = _words(
+    """
+    add add_ sub sub_ rsub mul mul_ div div_ rdiv neg where masked_fill masked_fill_ clamp tanh sigmoid
+    softmax to float half bfloat16 double type type_as clone contiguous dropout dropout_ nan_to_num relu relu_
+    gelu silu silu_ hardswish pow square sqrt rsqrt reciprocal exp abs maximum minimum
+    """
+)
+"""What acts on every element by itself, and softmax."""
+
+KEEPS_CHANNELS = (ELEMENTWISE - _words("where masked_fill masked_fill_ maximum minimum softmax")) | (
+    ACTIVATIONS - _words("glu threshold")
+    | NORMS
+    | HEAD_MIXING
+    | _words(
+        """
+        view reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze expand
+        expand_as repeat repeat_interleave mean norm var cat concat stack conv1d conv2d conv3d dropout2d feature_dropout
+        detach data roll normalize
+        """
+    )
+)
+"""What lets every channel of its argument through to its result."""
+
 MIXTURES = _words("cumsum cumprod sum exp conv1d conv2d conv3d logcumsumexp")
 """Scans and sums over positions: never part of a feed-forward block."""

@@ -75,6 +75,19 @@ def segment_between(
     return Segment(target, leaves, tuple(node for node in live if node not in leaves), severed)
 
 
+def passes_all(segment: Segment, kept: frozenset[str]) -> set[fx.Node] | None:
+    """Return the leaves that reach the target, where all calls between are of ``kept``; else None."""
+    if any(node.meta.get("op") not in kept or "shape" not in node.meta for node in segment.live):
+        return None
+    inside = {*segment.live, *segment.leaves}
+    seen, stack = {segment.target}, [segment.target]
+    while stack:
+        fresh = [n for n in _followed(stack.pop(), segment.severed) if n in inside and n not in seen]
+        seen.update(fresh)
+        stack.extend(n for n in fresh if n not in segment.leaves)
+    return seen & set(segment.leaves)
+
+
 def _followed(node: fx.Node, severed: Mapping[fx.Node, tuple[fx.Node, ...]]) -> list[fx.Node]:
     return list(severed.get(node, node.all_input_nodes))
 
@@ -192,10 +205,10 @@ def _leaking(value: Tensor) -> Tensor:
     return value.detach() + 0.37 * (value - value.detach()) if value.is_floating_point() else value
 
 
-def _scattered(base: Tensor, source: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
+def _scattered(base: Tensor, source: Tensor, *where: Any) -> Tensor:
     """Write into a clone: torch 2.13's own gradient of as_strided_scatter keeps what it should drop."""
     result = base.clone()
-    result.as_strided(size, stride, offset).copy_(source)
+    result.as_strided(*where).copy_(source)
     return result
 
 
