@@ -97,6 +97,8 @@ def _in_series(flow: Flow, row: _Row) -> bool:
 def _chosen(rows: list[_Row]) -> list[_Row]:
     """Return the rows of blocks, outermost first, without those inside another's blocks."""
     alike = {a.cls for row in rows for a, b in itertools.combinations(row, 2) if a.resembles(b)}
+    # A bare container of layers is a stage, unless there is nothing else.
+    alike = {cls for cls in alike if cls not in _ROWS} or alike
     if not alike:
         # Every block differs from the next in shape: then the innermost row counts.
         outer = {unit.cls for row in rows for unit in row if _holds_another(unit, rows)}

@@ -70,27 +70,30 @@ def _block(flow: Flow, feeding: Feeding, down: fx.Node, source: fx.Node) -> Feed
     inside = _inside(flow, source)
     if inside is None:
         return None
-    makers = [behind_depthwise(flow, call) or call for call in inside.makers]
     bends = [node for node in inside.nodes if node.meta.get("op") in ACTIVATIONS]
-    if not bends or not all(_pointwise(flow, call) for call in makers):
+    if not bends or not all(_pointwise(flow, call) for call in inside.makers):
         return None
-    if not any(_returns_to_stream(flow, down, call) for call in makers):
+    dropped = _side_gates(flow, inside)
+    if dropped is None or not any(_returns_to_stream(flow, down, call) for call in inside.makers):
         return None
-    rows = _rows(flow, feeding, source, list(dict.fromkeys(makers)), bends)
-    return FeedForward(down, rows) if rows else None
+    return FeedForward(down, _rows(flow, feeding, source, inside.makers, bends, dropped))
 
 
 @dataclass(frozen=True)
 class _Inside:
     makers: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    scaling: frozenset[fx.Node]
 
 
 def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
-    """Walk up from what ``down`` multiplies; None where this cannot be a feed-forward block's inside."""
+    """Walk up from what ``down`` multiplies; None where this cannot be a feed-forward block's inside.
+
+    ``scaling`` are the makers whose result is multiplied with another value on the way.
+    """
     if flow.near(source).bit_count() > _MOST_MAKERS:
         return None
-    makers: list[fx.Node] = []
+    makers: dict[fx.Node, bool] = {}
     seen, stack = {source}, [(source, False)]
     while stack:
         node, scaled = stack.pop()
@@ -98,13 +101,13 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
         if node in flow.links:
             if flow.is_embedding(node):
                 return None
-            makers.append(node)
             behind = behind_depthwise(flow, node)
             if behind is not None:
                 # What stands before the depthwise convolution is inside too: an activation may.
                 stack.extend((n, scaled) for n in flow.inputs(node) if n not in seen)
                 seen.update(flow.inputs(node))
-                makers[-1] = behind
+            maker = behind or node
+            makers[maker] = makers.get(maker, True) and scaled
         elif op in FUSED_ATTENTION or node in flow.veins:
             if scaled:
                 return None  # an attention's output, gated
@@ -116,11 +119,17 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
             fresh = [n for n in flow.sources(node) if n not in seen]
             seen.update(fresh)
             stack.extend((n, scaled or op in SCALINGS) for n in fresh)
-    return _Inside(tuple(dict.fromkeys(makers)), tuple(seen)) if makers else None
+    scaling = frozenset(call for call, always in makers.items() if always)
+    return _Inside(tuple(makers), tuple(seen), scaling) if makers else None
 
 
 def _rows(
-    flow: Flow, feeding: Feeding, source: fx.Node, makers: list[fx.Node], bends: list[fx.Node]
+    flow: Flow,
+    feeding: Feeding,
+    source: fx.Node,
+    makers: tuple[fx.Node, ...],
+    bends: list[fx.Node],
+    dropped: set[fx.Node],
 ) -> tuple[tuple[str, Site, Mask], ...]:
     """Tell gate from up: gate's rows go through the activation where up's go past it."""
     whole = feeding.rows(source, makers)
@@ -131,9 +140,6 @@ def _rows(
         if inner is not None:
             bent += feeding.rows(inner, makers, part=_gate_half(node) if glus else None)
     past = whole if glus else feeding.rows(source, makers, cut=bends)
-    dropped = _side_gates(flow, makers, bent, past)
-    if dropped is None:
-        return ()
     gates = _masks(bent, dropped)
     ups = {key: mask & ~gates[key] if key in gates else mask for key, mask in _masks(past, dropped).items()}
     if not any(bool(mask.any()) for mask in ups.values()):
@@ -160,21 +166,13 @@ def _sites(masks: dict[str, Mask], *feeds: tuple[Feed, ...] | list[Feed]) -> lis
     return [(sites[name], mask) for name, mask in masks.items()]
 
 
-def _side_gates(
-    flow: Flow, makers: list[fx.Node], bent: list[Feed], past: tuple[Feed, ...]
-) -> set[fx.Node] | None:
-    """Of makers that feed one another, drop those that only scale; None where one does more.
+def _side_gates(flow: Flow, inside: _Inside) -> set[fx.Node] | None:
+    """Of makers that feed one another, return those that only scale; None where one does more.
 
     A squeeze-and-excitation or a spatial gating unit stands between ``up`` and ``down`` and multiplies.
     """
-    dropped: set[fx.Node] = set()
-    only_bent = {feed.call for feed in bent} - {feed.call for feed in past}
-    for lower in makers:
-        if any(flow.above(lower, upper) for upper in makers):
-            if lower not in only_bent:
-                return None
-            dropped.add(lower)
-    return dropped
+    lower = {call for call in inside.makers if any(flow.above(call, upper) for upper in inside.makers)}
+    return lower if lower <= inside.scaling else None
 
 
 def _gate_half(glu: fx.Node) -> tuple[int, int, int]:
@@ -211,12 +209,12 @@ def _stream(flow: Flow, call: fx.Node) -> tuple[set[fx.Node], int]:
     """Return what a call multiplies back to its makers, through depthwise convolutions, and these makers."""
     walked: set[fx.Node] = set()
     makers = 0
-    for source in flow.inputs(call):
+    waiting, seen = list(flow.inputs(call)), set[fx.Node]()
+    while waiting:
+        source = waiting.pop()
         walked |= flow.walk_up(source)
         makers |= flow.near(source)
-        for maker in flow.makers(source):
-            if is_depthwise(flow, maker):
-                inner, above = _stream(flow, maker)
-                walked |= inner
-                makers |= above
+        fresh = [m for m in flow.makers(source) if m not in seen and is_depthwise(flow, m)]
+        seen.update(fresh)
+        waiting.extend(n for maker in fresh for n in flow.inputs(maker))
     return walked, makers

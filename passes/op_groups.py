@@ -86,8 +86,8 @@ KEEPS_CHANNELS = (ELEMENTWISE - _words("where masked_fill masked_fill_ maximum m
     | _words(
         """
         view reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze expand
-        expand_as repeat repeat_interleave mean norm var cat concat stack conv1d conv2d conv3d dropout2d feature_dropout
-        detach data roll normalize
+        expand_as repeat repeat_interleave mean norm var cat concat stack conv1d conv2d conv3d dropout2d
+        feature_dropout detach data roll normalize
         """
     )
 )

@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.kinds import Call
 from lora_fx.matrix import Rows
 from lora_fx.passes.attention import Attention, find_attentions
-from lora_fx.passes.attention_operands import Operands, Orientation, feeds_of
+from lora_fx.passes.attention_operands import Operands, Orientation, behind_depthwise, feeds_of
 from lora_fx.passes.attention_output import output_calls
 from lora_fx.passes.blocks import blocks_of
 from lora_fx.passes.dataflow import depths
@@ -140,7 +140,11 @@ def _inputs(flow: Flow, feeds: Iterable[Feed]) -> list[fx.Node]:
 
 def _note_beside(ledger: _Ledger, flow: Flow, attention: Attention, family: Container[fx.Node]) -> None:
     """Remark on the weights beside query and key: positions, biases and what mixes heads."""
-    beside = [call for node in (*attention.position, *attention.masks) for call in flow.makers(node)]
+    beside = [
+        behind_depthwise(flow, call) or call
+        for node in (*attention.position, *attention.masks)
+        for call in flow.makers(node)
+    ]
     for call in dict.fromkeys([*beside, *attention.bias]):
         if not flow.fed_by_data(call):
             _note_all(ledger, flow, call, "carries positions into the scores of an attention")
