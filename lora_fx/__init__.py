@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lora_fx.passes.certify import certify
     from lora_fx.passes.compare_latency import compare_latency
     from lora_fx.passes.export_onnx import export_onnx
+    from lora_fx.passes.fold_onnx import fold_onnx
     from lora_fx.sessions import session
 
 __version__ = "0.1.0.dev0"
@@ -62,6 +63,7 @@ _LAZY = {
     "certify": "lora_fx.passes.certify",
     "compare_latency": "lora_fx.passes.compare_latency",
     "export_onnx": "lora_fx.passes.export_onnx",
+    "fold_onnx": "lora_fx.passes.fold_onnx",
     "session": "lora_fx.sessions",
 }
 """What needs onnx or onnxruntime, imported at first use: training does without them."""
@@ -110,6 +112,7 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "fold",
+    "fold_onnx",
     "folded",
     "inject",
     "load_adapter",

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "disable_adapter",
     "export_onnx",
     "fold",
+    "fold_onnx",
     "folded",
     "inject",
     "load_adapter",
