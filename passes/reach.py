@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from lora_fx.kinds import BY_OP, Call, Kind, Operand
@@ -142,9 +143,15 @@ def _operands(user: fx.Node, state: _State) -> Iterator[tuple[Kind, Operand]]:
 
 
 def _follow(user: fx.Node, state: _State, active: frozenset[fx.Node]) -> _State | None:
-    """Return the state behind a call that yields the parameter again, or None where it does not."""
-    if user.op == "output" or user in active or user.meta.get("op") in BY_OP:
+    """Return the state behind a call that yields the parameter again, or None where it does not.
+
+    The inputs may say which of a stack's matrices to take, and nothing else: a result that depends on
+    them in another way is no weight.
+    """
+    if user.op == "output" or user.meta.get("op") in BY_OP:
         return None
+    if any(n in active for n in user.all_input_nodes if n is not state.node):
+        return _gathered(user, state)
     if "shape" not in user.meta:  # a tuple of views: split, unbind
         return _State(user, state.layout, state.memory, state.computed)
     if "stride" not in user.meta or not user.meta["floating"]:
@@ -170,6 +177,28 @@ def _follow_copy(
         layout = None if user.meta["op"] in SHUFFLES else state.layout
         return _copied(user, layout, user.meta["op"])
     return None
+
+
+def _gathered(user: fx.Node, state: _State) -> _State | None:
+    """Return the state behind ``stack[ids]``: a copy whose first axes run over matrices of the stack."""
+    op, args, shape = user.meta["op"], user.args, state.node.meta.get("shape", ())
+    if op not in {"getitem", "index_select"} or args[0] is not state.node or len(shape) < 3:
+        return None
+    ids = args[-1]
+    if op == "index_select" and args[1] not in (0, -len(shape)):
+        return None
+    if isinstance(ids, (tuple, list)):
+        if any(rest not in (slice(None), Ellipsis) for rest in ids[1:]):
+            return None
+        ids = ids[0]
+    if not isinstance(ids, fx.Node) or ids.meta.get("dtype") == torch.bool:
+        return None
+    if not _same_memory(user, state) and state.layout is not None:
+        taken = tuple(((n, 0),) if n > 1 else () for n in ids.meta["shape"])
+        return _copied(user, Layout(taken + state.layout.axes[1:], state.layout.offset), state.computed)
+    memory = state.memory if _same_memory(user, state) else None
+    layout = None if memory is None else memory.view(*(user.meta[k] for k in ("shape", "stride", "offset")))
+    return _State(user, layout, memory, state.computed)
 
 
 def _copied(user: fx.Node, layout: Layout | None, computed: str | None) -> _State:

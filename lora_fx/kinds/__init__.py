@@ -9,6 +9,7 @@ from lora_fx.kinds.conv_transpose import ConvTransposeKind
 from lora_fx.kinds.einsum import EinsumKind
 from lora_fx.kinds.embedding import EmbeddingKind
 from lora_fx.kinds.embedding_bag import EmbeddingBagKind
+from lora_fx.kinds.experts import GroupedKind
 from lora_fx.kinds.linear import LinearKind
 from lora_fx.kinds.matmul import MatmulKind
 from lora_fx.kinds.mha import AttentionKind
@@ -25,6 +26,7 @@ KINDS: tuple[Kind, ...] = (
     MatmulKind(),
     AttentionKind(),
     EinsumKind(),
+    GroupedKind(),
 )
 """Every kind, in the order in which they are asked."""
 
