@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from lora_fx.kinds.experts import GroupedKind
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 from lora_fx.passes.forms import parameter_form, rows_read
 from lora_fx.passes.homes import branch_of
@@ -82,13 +84,24 @@ def _reached(bare: Site, run: _Run) -> Site | None:
         notes.append(f"{len(uses) - len(live)} of its {len(uses)} uses reach no output of the run")
     return replace(
         bare,
-        kind=first.kind.name,
+        kind=_kind(first, form),
         shape=shape,
         form=form,
         uses=tuple(_use(use, form, bare.names, run) for use in live or uses),
         roles=_operand_roles(form, live),
         unfit=unfit,
         notes=tuple(notes),
+    )
+
+
+def _kind(use: Found, form: MatrixForm) -> str:
+    """Return the kind of a use; one of a few matrices of a stack is of experts, whatever multiplies."""
+    read = None if use.layout is None else math.prod(n for axis in use.layout.axes for n, s in axis if s)
+    one = form.out_features * form.in_features
+    return (
+        GroupedKind.name
+        if form.batch and read is not None and read <= one < math.prod(form.shape)
+        else use.kind.name
     )
 
 
