@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_fx.latencies import Latency, Ratio
-from lora_fx.passes.onnx_feeds import random_feeds
+from lora_fx.passes.onnx_feeds import Feeds, random_feeds
 from lora_fx.passes.onnx_session import open_session
-from lora_fx.providers import Providers, choose
+from lora_fx.providers import Providers, choose, onnxruntime
 
 _BLOCK = 8
 _RESAMPLES = 2000
@@ -53,7 +53,9 @@ def compare_latency(
     runtime = choose(providers)
     own_time = threads == 1 and runtime.first.startswith("CPU")
     clock = time.thread_time if own_time else time.perf_counter
-    feeds = dict(inputs) if inputs is not None else None
+    feeds: Feeds | None = None
+    if inputs is not None:
+        feeds = {name: onnxruntime().OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
     times: list[NDArray[np.float64]] = []
     for index in range(sets):
         files = {0: base_onnx, 1: folded_onnx, 2: base_onnx}
@@ -66,7 +68,7 @@ def compare_latency(
         runs = [_bound_run(made[which], feeds, runtime.first) for which in (0, 1, 2)]
         times.append(_interleave(runs, seconds / sets, min_rounds, _MOST_ROUNDS // sets, clock))
     everything = np.concatenate(times)
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in (feeds or {}).items())
+    shapes = ", ".join(f"{name} {list(value.shape())}" for name, value in (feeds or {}).items())
     return Latency(
         base=Path(base_onnx).name,
         folded=Path(folded_onnx).name,
@@ -82,12 +84,12 @@ def compare_latency(
     )
 
 
-def _bound_run(session: Any, feeds: Mapping[str, NDArray[Any]], provider: str) -> Run:
+def _bound_run(session: Any, feeds: Feeds, provider: str) -> Run:
     """Bind inputs once and outputs on the device, so that copies are not timed."""
     device = "cpu" if provider.startswith("CPU") else "cuda"
     binding = session.io_binding()
     for name, value in feeds.items():
-        binding.bind_cpu_input(name, value)
+        binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
         binding.bind_output(output.name, device)
 

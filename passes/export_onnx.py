@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,10 +279,11 @@ class _Job:
 
     def extents(self) -> dict[str, Extent]:
         """Return how much each weight was changed, and what its dtype kept of it."""
-        return {
-            name: Extent.of(change.before, change.after, self.stored(change.after))
-            for name, change in self.subject.changes.items()
-        }
+        found: dict[str, Extent] = {}
+        for name, change in self.subject.changes.items():
+            extent = Extent.of(change.before, change.after, self.stored(change.after))
+            found[name] = replace(extent, retained=min(extent.retained, change.retained))
+        return found
 
     def folded_certificate(self, base_path: Path, draft: Path, path: Path) -> Certificate:
         """Prove a folded file against its base and the torch model."""

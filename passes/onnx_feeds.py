@@ -5,57 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-Feeds = Mapping[str, NDArray[Any]]
+from lora_fx.errors import InputError
+from lora_fx.passes.onnx_tensors import ort_value
 
-_DTYPES: Mapping[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
+Feeds = Mapping[str, Any]
+"""The runtime's own values by input name."""
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
 }
 
 
-def random_feeds(
-    session: Any, *, seed: int, sizes: Mapping[str, int] | None = None
-) -> dict[str, NDArray[Any]]:
+def random_feeds(session: Any, *, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Return random inputs for a session.
 
-    A dynamic dimension takes its size from ``sizes``, by the symbol's name, or else 2 where it comes
+    A varying dimension takes its size from ``sizes``, by the symbol's name, or else 2 where it comes
     first and 16 elsewhere. Floats are normal; integers are 0 or 1, which are indices and mask values
     in any model; booleans are true.
+
+    Raises:
+        InputError: an input is of a type that no values are made for.
     """
-    random = np.random.default_rng(seed)
-    feeds: dict[str, NDArray[Any]] = {}
+    generator = torch.Generator().manual_seed(seed)
     symbols: dict[str, int] = dict(sizes or {})
+    feeds: dict[str, Any] = {}
     for declared in session.get_inputs():
         shape = [
             dim if isinstance(dim, int) else symbols.setdefault(str(dim), 2 if axis == 0 else 16)
             for axis, dim in enumerate(declared.shape)
         ]
-        feeds[declared.name] = _draw(random, _dtype(declared.type), shape)
+        feeds[declared.name] = ort_value(_draw(declared.name, declared.type, shape, generator))
     return feeds
 
 
-def _dtype(declared: str) -> Any:
-    if declared == "tensor(bfloat16)":
-        from ml_dtypes import bfloat16
-
-        return bfloat16
+def _draw(name: str, declared: str, shape: list[int], generator: torch.Generator) -> Tensor:
     if declared not in _DTYPES:
-        raise TypeError(f"no random values of {declared}: pass inputs")
-    return _DTYPES[declared]
-
-
-def _draw(random: np.random.Generator, dtype: Any, shape: list[int]) -> NDArray[Any]:
-    if dtype is np.bool_:
-        return np.ones(shape, dtype)
-    if np.issubdtype(dtype, np.integer):
-        return random.integers(0, 2, shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
+        raise InputError(
+            f"input {name!r}", expected="a tensor of numbers", got=declared, advice="Pass inputs of your own."
+        )
+    dtype = _DTYPES[declared]
+    if dtype is torch.bool:
+        return torch.ones(shape, dtype=dtype)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)

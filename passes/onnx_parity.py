@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.dlpack import from_dlpack
 
 from lora_fx.errors import ExportError
 from lora_fx.passes.onnx_inputs import tensors
 from lora_fx.passes.onnx_subject import Inputs
+from lora_fx.passes.onnx_tensors import ort_value
 
 Outputs = Sequence[Tensor]
 
@@ -28,8 +29,8 @@ def torch_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [leaf.detach().cpu() for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
 
 
-def feeds_for(session: Any, inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """Return a session's feeds from torch inputs, which come in the same order.
+def feeds_for(session: Any, inputs: Inputs) -> dict[str, Any]:
+    """Return a session's feeds, as the runtime's own values, from torch inputs in the same order.
 
     Raises:
         ExportError: the graph takes another number of inputs than the model does.
@@ -43,69 +44,28 @@ def feeds_for(session: Any, inputs: Inputs) -> dict[str, NDArray[Any]]:
             got=f"{len(declared)} inputs: {', '.join(item.name for item in declared)}",
             advice="An input was removed as unused, or is no tensor: leave it out of the example inputs.",
         )
-    return {item.name: to_numpy(tensor) for item, tensor in zip(declared, given, strict=True)}
+    return {item.name: ort_value(tensor) for item, tensor in zip(declared, given, strict=True)}
 
 
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor as a numpy array, bfloat16 by way of ml_dtypes."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        from ml_dtypes import bfloat16
-
-        return tensor.view(torch.int16).numpy().view(bfloat16)
-    array: NDArray[Any] = tensor.numpy()
-    return array
-
-
-def run(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
-    """Run a session and return its outputs as torch tensors.
+def run(session: Any, feeds: Mapping[str, Any]) -> list[Tensor]:
+    """Run a session on values of the runtime and return its outputs as torch tensors.
 
     Raises:
         RuntimeFault: the runtime refused.
     """
+    names = [output.name for output in session.get_outputs()]
     try:
-        return _run(session, feeds)
+        made = session.run_with_ort_values(names, dict(feeds))
     except Exception as error:  # onnxruntime's classes differ from version to version
         raise RuntimeFault(str(error).strip().splitlines()[0]) from error
-
-
-def _run(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
-    if not any(_is_bfloat16(value) for value in feeds.values()):
-        return [_from_numpy(np.asarray(value)) for value in session.run(None, dict(feeds))]
-    return _run_bound(session, feeds)
-
-
-def _run_bound(session: Any, feeds: Mapping[str, NDArray[Any]]) -> list[Tensor]:
-    """Numpy knows no bfloat16, so such inputs are given as typed values."""
-    from lora_fx.providers import onnxruntime
-
-    value_of = onnxruntime().OrtValue
-    bound = {
-        name: value_of.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), 16)
-        if _is_bfloat16(value)
-        else value_of.ortvalue_from_numpy(value)
-        for name, value in feeds.items()
-    }
-    names = [output.name for output in session.get_outputs()]
-    return [_from_ort(value) for value in session.run_with_ort_values(names, bound)]
+    return [_from_ort(value) for value in made]
 
 
 def _from_ort(value: Any) -> Tensor:
     if value.data_type() == "tensor(bfloat16)":
-        from torch.utils.dlpack import from_dlpack
-
+        # Numpy cannot carry it.
         return from_dlpack(value._ortvalue.to_dlpack()).clone()
-    return _from_numpy(value.numpy())
-
-
-def _from_numpy(array: NDArray[Any]) -> Tensor:
-    if _is_bfloat16(array):
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
-
-
-def _is_bfloat16(array: NDArray[Any]) -> bool:
-    return array.dtype.name == "bfloat16"
+    return torch.from_numpy(np.array(value.numpy()))
 
 
 def distance(found: Outputs, reference: Outputs) -> float:

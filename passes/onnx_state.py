@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.passes.registers import own_buffers, own_parameters
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[nn.Module]:
@@ -45,8 +47,7 @@ def replaced_state(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Gen
 
     try:
         for module in model.modules():
-            # Past __setattr__, which would register, and past the properties of adapted modules.
-            stores: tuple[Any, ...] = (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            stores: tuple[Any, ...] = (own_parameters(module), own_buffers(module))
             for store in stores:
                 for name, tensor in list(store.items()):
                     if tensor is not None:

@@ -11,12 +11,14 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
+from lora_fx.providers import onnxruntime
 
 _TORCH: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
@@ -134,6 +136,17 @@ def from_torch(tensor: Tensor, name: str) -> ir.TensorProtocol:
     from onnx_ir import tensor_adapters
 
     return tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name=name)
+
+
+def ort_value(tensor: Tensor) -> Any:
+    """Return a torch tensor as a value of ONNX Runtime, on the CPU."""
+    value_of = onnxruntime().OrtValue
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        # Numpy knows no bfloat16, so its bits are given with their ONNX type.
+        bits = tensor.view(torch.int16).numpy().view("uint16")
+        return value_of.ortvalue_from_numpy_with_onnx_type(bits, int(ir.DataType.BFLOAT16))
+    return value_of.ortvalue_from_numpy(tensor.numpy())
 
 
 def dtype_name(tensor: ir.TensorProtocol) -> str:
