@@ -24,6 +24,7 @@ from lora_fx.passes.norms import running_statistics
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.runtime import injected
+from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
@@ -153,10 +154,15 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
 def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> None:
     """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
 
+    On a sharded model every process must call this; the first one writes, the others wait for it.
+
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
     """
-    adapter_io.collect(model, adapter).write(path)
+    file = adapter_io.collect(model, adapter)
+    with first_process(model) as writes:
+        if writes:
+            file.write(path)
 
 
 def load_adapter(
@@ -164,10 +170,15 @@ def load_adapter(
     path: str | Path,
     *,
     adapter: str = "default",
-    trainable: bool = False,
+    trainable: bool | None = None,
     base_check: BaseCheck = "exact",
+    replace: bool = False,
 ) -> nn.Module:
     """Read an adapter file into the model, injecting the file's own plan first.
+
+    ``trainable`` says whether it can be trained; None: not, or with ``replace`` as before.
+    With ``replace`` the file fills the adapter of this name that the model has, in place: going back to
+    an earlier state, or loading after ``fully_shard`` (on every process) or DDP's wrapping.
 
     ``base_check`` says what makes the base the right one: every bit, the values at the stored dtype
     (trained in bf16, folded in float32), or the shapes alone.
@@ -175,14 +186,17 @@ def load_adapter(
     Raises:
         AdapterFileError: the file is damaged, no adapter, or of another version.
         BaseMismatchError: the adapter was trained on another base.
-        AdapterNameError: the model has an adapter of this name.
-        PlanError: the file's plan does not fit the model.
+        AdapterNameError: the model has an adapter of this name (with ``replace``: it has none).
+        PlanError: the file's plan does not fit the model (with ``replace``: the adapter there).
     """
     file = AdapterFile.read(path)
+    if replace:
+        adapter_io.refill(model, file, adapter, trainable=trainable, base_check=base_check)
+        return model
     refuse_wrapped(model)
     insert_pass.check_name(adapter, injected(model))
     file.check_base(insert_pass.base_tensors(model), base_check)
-    adapter_io.install(model, file, adapter, trainable=trainable)
+    adapter_io.install(model, file, adapter, trainable=bool(trainable))
     return model
 
 

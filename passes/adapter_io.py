@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from lora_fx.adapter_file import AdapterFile, tensor_key
-from lora_fx.errors import AdapterFileError
-from lora_fx.fingerprints import Fingerprint, fingerprint
+from lora_fx.adapter_file import FROZEN_STARTS, AdapterFile, tensor_key
+from lora_fx.errors import AdapterFileError, PlanError
+from lora_fx.fingerprints import BaseCheck, Fingerprint, fingerprint
 from lora_fx.passes.extent import deltas
-from lora_fx.passes.insert import Owner, Owners, insert, owners
+from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
+from lora_fx.passes.sharded import Gathered, fill, reshard, whole
 from lora_fx.passes.switch import apply_trainability, record_of, require
 from lora_fx.plans import Plan
 
@@ -24,9 +24,10 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
         AdapterNameError: the model has no adapters, or not this one.
     """
     record, name = require(model, adapter)
+    reshard(model)
     plan = record.plans[name]
     holders = owners(model)
-    tensors = {key: tensor.detach() for key, tensor in _tensors(model, plan, name, holders)}
+    tensors = {key: whole(tensor.detach()) for key, tensor in _tensors(model, plan, name, holders)}
     changed = [d.name for d in (*plan.adapted, *plan.trained)] + [e.name for e in plan.extras]
     prints = {weight: _fingerprint(record, weight, *_held(holders[weight])) for weight in changed}
     for buffer in plan.buffers:
@@ -82,7 +83,7 @@ def _fingerprint(record: Injected, name: str, module: nn.Module, attribute: str)
     stamp = (id(weight), weight._version, weight.device)
     known = record.fingerprints.get(name)
     if known is None or known[0] != stamp:
-        known = (stamp, fingerprint(weight))
+        known = (stamp, fingerprint(whole(weight.detach())))
         record.fingerprints[name] = known
     return known[1]
 
@@ -98,12 +99,51 @@ def install(model: nn.Module, file: AdapterFile, adapter: str, *, trainable: boo
     holders = owners(model)
     _check_shapes(file)
     insert(model, file.plan, adapter, seed=0)
-    with torch.no_grad():
-        for key, parameter in _tensors(model, file.plan, adapter, holders):
-            parameter.copy_(file.tensors[key])
+    for key, parameter in _tensors(model, file.plan, adapter, holders):
+        fill(parameter, file.tensors[key])
     record = record_of(model)
     record.trainable[adapter] = trainable
     apply_trainability(model, record)
+
+
+def refill(
+    model: nn.Module, file: AdapterFile, adapter: str, *, trainable: bool | None, base_check: BaseCheck
+) -> None:
+    """Fill an adapter that the model has with a file's tensors, in place; the model may be wrapped.
+
+    Raises:
+        AdapterNameError: the model has no adapters, or not this one.
+        PlanError: the file's adapter changes other weights, or in another way.
+        BaseMismatchError: the adapter was trained on another base.
+        AdapterFileError: a tensor has another shape than the plan says; the model is left as it was.
+    """
+    record, name = require(model, adapter)
+    here, there = _changes(record.plans[name]), _changes(file.plan)
+    other = sorted({w for w, _ in here ^ there})
+    if other:
+        raise PlanError(
+            f"adapter {name!r}",
+            expected="a file of an adapter of the same plan",
+            got=f"{len(other)} weights that are adapted otherwise ({', '.join(other[:3])})",
+            advice="Load it under another name, or unload this adapter first.",
+        )
+    _check_shapes(file)
+    reshard(model)
+    file.check_base(Gathered(base_tensors(model)), base_check)
+    for key, parameter in _tensors(model, record.plans[name], name, owners(model)):
+        fill(parameter, file.tensors[key])
+    if trainable is not None:
+        record.trainable[name] = trainable
+    apply_trainability(model, record)
+
+
+def _changes(plan: Plan) -> set[tuple[str, str]]:
+    """Return every weight that a plan changes, with all that decides how."""
+    found = {
+        (d.name, repr((d.site.form, d.parts, d.scale, d.dora, d.init in FROZEN_STARTS))) for d in plan.adapted
+    }
+    whole_ones = [*(d.name for d in plan.trained), *(e.name for e in plan.extras), *plan.buffers]
+    return found | {(name, "whole") for name in whole_ones}
 
 
 def _check_shapes(file: AdapterFile) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import AdapterValueError
 from lora_fx.passes.runtime import SiteSpec, effective, raw
+from lora_fx.passes.sharded import reshard, whole
 from lora_fx.passes.switch import adapter_sites, require
 
 WARN_RETAINED = 0.9
@@ -44,6 +45,7 @@ def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change
         AdapterValueError: an adapter holds NaN or infinity, or ``W`` overflows the weight's dtype.
     """
     _, name = require(model, adapter)
+    reshard(model)
     found: dict[int, Change] = {}
     with torch.no_grad():
         for path, module, attribute, spec in adapter_sites(model, name):
@@ -59,15 +61,15 @@ def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change
 def _change(module: nn.Module, attribute: str, spec: SiteSpec, qualified: str) -> Change:
     base = raw(module, attribute)
     for key in spec.names:
-        _check_finite(raw(module, key), f"{qualified} ({key})")
+        _check_finite(whole(raw(module, key)), f"{qualified} ({key})")
     if base.dtype in (torch.float16, torch.bfloat16) and base.device.type != "meta":
         wide = effective(module, attribute, spec, base.float())
         after = wide.to(base.dtype)
-        kept = retained(base, wide, after)
+        kept = retained(whole(base), whole(wide), whole(after))
     else:
         after, kept = effective(module, attribute, spec), 1.0
-    if _may_overflow(module, spec, base) and bool(base.isfinite().all()):
-        _check_finite(after, qualified)
+    if _may_overflow(module, spec, base) and bool(whole(base).isfinite().all()):
+        _check_finite(whole(after), qualified)
     return Change((qualified,), base.detach(), after.detach(), kept)
 
 
@@ -85,7 +87,7 @@ def _may_overflow(module: nn.Module, spec: SiteSpec, base: Tensor) -> bool:
     if base.dtype not in (torch.float32, torch.float64) or spec.magnitude is not None:
         return True
     bound = sum(
-        float(raw(module, part.a).abs().max()) * float(raw(module, part.b).abs().max())
+        float(whole(raw(module, part.a)).abs().max()) * float(whole(raw(module, part.b)).abs().max())
         for part in spec.parts
         if raw(module, part.a).numel() and raw(module, part.b).numel()
     )

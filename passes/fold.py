@@ -18,6 +18,7 @@ from lora_fx.passes.changes import changes, refuse_rounded_away
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
+from lora_fx.passes.sharded import is_sharded, local, refuse_fully_sharded, reshard
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import require
 
@@ -62,16 +63,21 @@ def _as_base(model: nn.Module, weights: Mapping[str, Tensor], adapter: str | Non
     if record is None:
         yield
         return
+    reshard(model)
     saved = [
         _Held(module, dict(own_parameters(module)), dict(own_buffers(module)), held)
         for module in model.modules()
         if (held := binding(module)) is not None
     ]
+    written: list[tuple[Tensor, Tensor]] = []
     try:
         _strip(model, saved, record, adapter)
-        _place(model, weights)
+        _place(model, weights, written)
         yield
     finally:
+        reshard(model)
+        for shard, bits in written:
+            shard.copy_(bits)
         _restore(model, saved, record)
 
 
@@ -86,7 +92,7 @@ def _strip(model: nn.Module, saved: list[_Held], record: Injected, adapter: str 
         del module.__dict__[BINDING]
         moves = adapter in held.binding.sites.get("running_mean", {})
         if held.binding.frozen_norm and not moves:
-            module.__dict__[BINDING] = Binding(record.state, type(module), frozen_norm=True)
+            module.__dict__[BINDING] = Binding(record.state, held.binding.base_class, frozen_norm=True)
             attach(module)
         for specs in held.binding.sites.values():
             for spec in specs.values():
@@ -95,8 +101,13 @@ def _strip(model: nn.Module, saved: list[_Held], record: Injected, adapter: str 
                     own_buffers(module).pop(name, None)
 
 
-def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _place(model: nn.Module, weights: Mapping[str, Tensor], written: list[tuple[Tensor, Tensor]]) -> None:
+    """Put weights in place of the base's: as new Parameters, or into the very shards.
+
+    FSDP2 gathers from the shards that it knows: there, what was written and its old bits are noted.
+    """
     shared: dict[int, nn.Parameter] = {}
+    sharded: set[int] = set()
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -104,6 +115,12 @@ def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             own_buffers(module)[attribute] = weight.clone()
             continue
         old = own_parameters(module)[attribute]
+        if old is not None and is_sharded(old):
+            if id(old) not in sharded:
+                sharded.add(id(old))
+                written.append((local(old), local(old).clone()))
+                local(old).copy_(local(weight))
+            continue
         if id(weight) not in shared:
             shared[id(weight)] = nn.Parameter(
                 weight, requires_grad=bool(old is not None and old.requires_grad)
@@ -134,9 +151,11 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
         AdapterNameError: the model has no adapters, or not this one.
         AdapterValueError: an adapter holds NaN or infinity, or is rounded away by the weight's dtype;
             the model is left as it was.
+        WrappedModelError: the model is sharded by ``fully_shard``.
     """
+    refuse_fully_sharded(model, "fold", "Use lora_fx.folded here, or load the adapter file unsharded.")
     found = changes(model, adapter)
     refuse_rounded_away(found.values(), min_retained)
     unload(model)
-    _place(model, {name: change.after for change in found.values() for name in change.names})
+    _place(model, {name: change.after for change in found.values() for name in change.names}, [])
     return model

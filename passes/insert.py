@@ -105,7 +105,7 @@ def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) 
     record.plans[adapter] = plan
     record.trainable[adapter] = True
     try:
-        _rewrite(model, plan, adapter, record, holders, _generator(seed))
+        _rewrite(model, plan, adapter, record, holders, generator_of(seed))
     except BaseException:
         remove(model, adapter)
         raise
@@ -164,7 +164,7 @@ def _new_record(model: nn.Module) -> Injected:
     return record
 
 
-def _generator(seed: int | None) -> torch.Generator:
+def generator_of(seed: int | None) -> torch.Generator:
     """Seed from the caller's number, or from torch's own random state, which moves by one draw."""
     seed = int(torch.randint(2**62, (1,), device="cpu").item()) if seed is None else seed
     return torch.Generator().manual_seed(seed)
@@ -204,25 +204,34 @@ def _add(
     generator: torch.Generator,
 ) -> None:
     """Register one weight's adapter on every owner: the same Parameters, so that they stay tied."""
-    first = held[0]
-    weight = raw(first.module, first.attribute)
-    if decision is None or decision.action == "train":
-        tensors = {"full": as_parameter(weight.detach().to(adapter_dtype(weight.dtype)))}
-    else:
-        tensors = _adapter_tensors(decision, weight, generator)
+    tensors = first_values(decision, raw(held[0].module, held[0].attribute), generator)
     for owner in held:
-        names = {key: f"lora_{key}__{owner.attribute}__{adapter}" for key in tensors}
+        names = {key: own_name(key, owner.attribute, adapter) for key in tensors}
         for key, parameter in tensors.items():
             owner.module.register_parameter(names[key], parameter)
         spec = _spec(decision, names)
         bind(owner.module, record.state).sites.setdefault(owner.attribute, {})[adapter] = spec
 
 
+def own_name(key: str, attribute: str, adapter: str) -> str:
+    """Return the name, on the weight's owner, of one of an adapter's Parameters or buffers."""
+    return f"lora_{key}__{attribute}__{adapter}"
+
+
+def first_values(
+    decision: Decision | None, weight: Tensor, generator: torch.Generator
+) -> dict[str, nn.Parameter]:
+    """Return what an adapter of one weight starts from, by key; without a decision it is trained whole."""
+    if decision is None or decision.action == "train":
+        return {"full": as_parameter(weight.detach().to(adapter_dtype(weight.dtype)))}
+    return _adapter_tensors(decision, weight, generator)
+
+
 def _add_buffer(model: nn.Module, name: str, adapter: str, record: Injected) -> nn.Module:
     """Give the adapter its own copy of a buffer; the base's is left alone."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    copied = f"lora_full__{attribute}__{adapter}"
+    copied = own_name("full", attribute, adapter)
     module.register_buffer(copied, raw(module, attribute).detach().clone())
     spec = SiteSpec(form=None, full=copied, buffer=True)
     bind(module, record.state).sites.setdefault(attribute, {})[adapter] = spec

@@ -7,6 +7,7 @@ from torch import fx, nn
 from lora_fx.passes import graph_module
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
+from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import apply_trainability, record_of, require
 
@@ -16,8 +17,10 @@ def unload(model: nn.Module, adapter: str | None = None) -> nn.Module:
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        WrappedModelError: the model is sharded by ``fully_shard``, which keeps what it was given.
     """
     record = record_of(model)
+    refuse_fully_sharded(model, "unload", "Use lora_fx.disable_adapter here, or build the base anew.")
     names = list(record.plans) if adapter is None else [adapter]
     for name in names:
         require(model, name)

@@ -8,6 +8,7 @@ that own the adapted weights, and are looked up by name at each use, so that ``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
 from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.sharded import is_distributed, laid_out_like, whole
 from lora_fx.passes.stock_forward import Branched
 
 if TYPE_CHECKING:
@@ -155,34 +157,35 @@ def raw(module: nn.Module, name: str) -> Tensor:
 def effective(module: nn.Module, name: str, spec: SiteSpec, base: Tensor | None = None) -> Tensor:
     """Return ``W`` of one adapter: the trained copy, or ``W0`` with its low-rank change.
 
-    ``base`` stands in for ``W0`` where another precision is wanted.
+    ``base`` stands in for ``W0`` where another precision is wanted. A sharded ``W0`` is gathered, and
+    its ``W`` laid out as it was.
     """
     base = raw(module, name) if base is None else base
     if spec.full is not None:
-        return raw(module, spec.full).to(base.dtype)
+        return laid_out_like(whole(raw(module, spec.full)), base).to(base.dtype)
     if spec.form is None:
         raise RuntimeError(f"the adapter of {name!r} has neither a form nor a trained copy")
-    magnitude = None if spec.magnitude is None else raw(module, spec.magnitude)
-    return effective_weight(base, spec.form, _parts(module, spec, 0.0), magnitude)
+    magnitude = None if spec.magnitude is None else whole(raw(module, spec.magnitude))
+    parts = tuple(_whole_part(part) for part in _parts(module, spec, 0.0))
+    return laid_out_like(effective_weight(whole(base), spec.form, parts, magnitude), base)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor, as FSDP2's are between forwards."""
-    return type(tensor).__name__ == "DTensor"
+def _whole_part(part: LivePart) -> LivePart:
+    start = None if part.start is None else (whole(part.start[0]), whole(part.start[1]))
+    return part._replace(a=whole(part.a), b=whole(part.b), start=start)
 
 
-def current_weight(module: nn.Module, name: str) -> Tensor | None:
+def current_weight(module: nn.Module, name: str, reader: FrameType | None = None) -> Tensor | None:
     """Return what reading the weight yields: ``W`` of the active adapter, or ``W0``.
 
-    A sharded ``W0`` is returned raw: ``fully_shard`` reads the attribute and keeps it as the base.
+    torch.distributed is given ``W0``: ``fully_shard`` and its like keep what they read as the base.
     """
     held = binding(module)
     spec = None if held is None else held.active(name)
     if spec is None:
         return own_parameters(module).get(name, own_buffers(module).get(name))
-    base = raw(module, name)
-    if is_sharded(base):
-        return base
+    if is_distributed(reader):
+        return raw(module, name)
     return effective(module, name, spec)
 
 

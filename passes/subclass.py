@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.errors import WrappedModelError
 from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes.guard import guarded
@@ -33,6 +34,7 @@ from lora_fx.passes.runtime import (
     is_own,
     live_parts,
 )
+from lora_fx.passes.sharded import is_distributed
 from lora_fx.passes.stock_forward import (
     LORA_SUFFIX,
     TRANSPOSED_SUFFIX,
@@ -51,17 +53,29 @@ def attach(module: nn.Module) -> None:
     """Give the module the subclass that its Binding calls for; its own class where nothing is left."""
     held = module.__dict__[BINDING]
     forward = _forward(module, held)
-    module.__class__ = _subclass(held.base_class, frozenset(held.sites), forward)
+    _set_class(module, _subclass(held.base_class, frozenset(held.sites), forward))
     _rebind(module, held)
 
 
 def detach(module: nn.Module) -> None:
     """Give the module its own class and its own instance-level forwards back."""
     held: Binding = module.__dict__[BINDING]
-    module.__class__ = held.base_class
+    _set_class(module, held.base_class)
     for attribute, value in held.rebound.items():
         module.__dict__[attribute] = value
     held.rebound.clear()
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the module a class, under the one that ``fully_shard`` put on top where it did."""
+    current = type(module)
+    if any(c.__name__ == "FSDPModule" for c in current.__bases__):
+        key = ("fsdp", current.__bases__[0], cls)
+        if key not in _classes:
+            body = {k: v for k, v in vars(current).items() if k not in {"__dict__", "__weakref__"}}
+            _classes[key] = _new_class(cls, (current.__bases__[0], cls), body, current.__name__)
+        cls = _classes[key]
+    module.__class__ = cls
 
 
 def stock_class(module: nn.Module, homes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
@@ -169,21 +183,24 @@ def _subclass(
     return _classes[key]
 
 
-def _new_class(base: type[nn.Module], bases: tuple[type, ...], body: dict[str, Any]) -> type[nn.Module]:
+def _new_class(
+    base: type[nn.Module], bases: tuple[type, ...], body: dict[str, Any], name: str | None = None
+) -> type[nn.Module]:
     """Make a class by the base's own metaclass."""
     metaclass: Any = type(base)
-    made: type[nn.Module] = metaclass(base.__name__, bases, body)
+    made: type[nn.Module] = metaclass(name or base.__name__, bases, body)
     return made
 
 
 def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def get(self: nn.Module) -> Tensor | None:
         try:
-            weight = current_weight(self, name)
-            if weight is None or torch.compiler.is_compiling() or is_own(self, weight):
+            frame = None if torch.compiler.is_compiling() else inspect.currentframe()
+            reader = None if frame is None else frame.f_back
+            weight = current_weight(self, name, reader)
+            if weight is None or frame is None or is_own(self, weight):
                 return weight
-            frame = inspect.currentframe()
-            return guarded(weight, None if frame is None else frame.f_back)
+            return guarded(weight, reader)
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error
@@ -224,8 +241,24 @@ def _setattr(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """Register a Parameter; ``W0`` may be replaced, past the property of its name."""
+    """Register a Parameter; ``W0`` may be replaced, past the property of its name.
+
+    Raises:
+        WrappedModelError: tensor parallelism splits the module, and would not split its adapters.
+    """
     held = binding(self)
+    caller = inspect.currentframe()
+    if (
+        held is not None
+        and held.sites
+        and is_distributed(caller and caller.f_back, "torch.distributed.tensor.")
+    ):
+        raise WrappedModelError(
+            f"{name} of {held.base_class.__name__}",
+            expected="a module without adapters",
+            got="tensor parallelism after inject",
+            advice="Skip the modules of the tensor-parallel plan, or use fully_shard.",
+        )
     if held is not None and name in held.sites:
         own_parameters(self)[name] = param
     else:

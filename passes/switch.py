@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.errors import AdapterNameError
 from lora_fx.passes.runtime import Injected, SiteSpec, binding, injected, raw
+from lora_fx.passes.sharded import reshard
 
 
 def adapter_sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:
@@ -30,11 +31,15 @@ def record_of(model: nn.Module) -> Injected:
     """
     record = injected(model)
     if record is None:
+        inner = next((n for n in ("module", "_orig_mod") if n in dict(model.named_children())), None)
+        wraps = inner is not None and injected(model.get_submodule(inner)) is not None
         raise AdapterNameError(
             type(model).__name__,
             expected="a model with adapters",
-            got="a model without",
-            advice="Call lora_fx.inject or lora_fx.load_adapter first.",
+            got="a wrapper of one" if wraps else "a model without",
+            advice=f"Pass the model inside: its .{inner}."
+            if wraps
+            else "Call lora_fx.inject or lora_fx.load_adapter first.",
         )
     return record
 
@@ -59,6 +64,7 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
 
 def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return what an adapter trains, each Parameter once: (all but B, the B matrices)."""
+    reshard(model)  # an optimiser given FSDP2's gathered copies would train what is thrown away
     slow: dict[int, nn.Parameter] = {}
     fast: dict[int, nn.Parameter] = {}
     for _, module, _, spec in adapter_sites(model, adapter):

@@ -20,6 +20,7 @@ from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.probe import float_leaves, held_active, random_adapters, uneven
 from lora_fx.passes.runtime import effective, raw
+from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.switch import adapter_sites, require, trained_names
 from lora_fx.reports import Comparison, Report
 
@@ -41,8 +42,10 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        WrappedModelError: the model is sharded by ``fully_shard``.
     """
     _, name = require(model, adapter)
+    refuse_fully_sharded(model, "verify", "Verify before fully_shard, or on the unsharded model.")
     comparisons: list[Comparison] = []
     notes: list[str] = []
     with held_active(model, name), preserved(model), random_adapters(model, name):

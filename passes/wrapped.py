@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.errors import WrappedModelError
-from lora_fx.passes.runtime import is_sharded
+from lora_fx.passes.sharded import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
