@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -16,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_fx
 from lora_fx.checkpoints import adapter_state, load_adapter_state, materialise, reset_adapter
 from lora_fx.errors import LoraFxError, WrappedModelError
-from tests.integration import small
 from tests.integration.small import Net, adapted, base, batch, gap, rules, train
 
 ROUNDING = 1e-5
