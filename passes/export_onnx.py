@@ -186,7 +186,7 @@ class _Job:
         return certificate or Certificate(path.name, path.name, (), {}, ("not certified, as asked",))
 
     def parameters(self) -> Parameters:
-        """Return every floating parameter and buffer of the base, with all its names."""
+        """Return every parameter and buffer of the base, with all its names."""
         with self.base() as model:
             found: dict[int, tuple[Tensor, list[str]]] = {}
             for named in (
@@ -194,8 +194,7 @@ class _Job:
                 model.named_buffers(remove_duplicate=False),
             ):
                 for name, tensor in named:
-                    if tensor.is_floating_point():
-                        found.setdefault(id(tensor), (tensor, []))[1].append(name)
+                    found.setdefault(id(tensor), (tensor, []))[1].append(name)
             return {names[0]: (tensor.detach(), tuple(names)) for tensor, names in found.values()}
 
     def base_certificate(self, draft: Path, path: Path, mapping: ParameterMap) -> Certificate:
@@ -265,14 +264,8 @@ class _Job:
         values: dict[str, Tensor] = {}
         for name, change in self.subject.changes.items():
             held = next((n for n in (name, *change.names) if n in known), None)
-            if held is None:
-                raise ExportError(
-                    name,
-                    expected="the exported graph to use this weight",
-                    got="no initializer of its name",
-                    advice="The example inputs do not reach it; pass inputs that do.",
-                )
-            values[held] = self.stored(change.after)
+            if held is not None:
+                values[held] = self.stored(change.after)
         folded = made.optimised(values)
         onnx_files.strip(folded)
         return folded

@@ -52,7 +52,9 @@ class _Base:
         self.parameters = parameters
         self.used: dict[str, str] = {}
         self.kept: dict[str, Tensor] = {}
-        for name, (_, names) in parameters.items():
+        for name, (value, names) in parameters.items():
+            if not value.is_floating_point():
+                continue  # a counter, or a table of indices: what is in the graph of it never changes
             held = next((each for each in (name, *names) if each in program.names), None)
             if held is not None:
                 self.used[name] = held

@@ -49,7 +49,7 @@ class Extent:
 
 def _norm(tensor: Tensor) -> float:
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor, dtype=wide))
+    return float(torch.linalg.vector_norm(tensor.to(wide)))
 
 
 def lossy_notes(extents: Mapping[str, Extent], *, least: float = 0.9) -> list[str]:
