@@ -6,7 +6,7 @@ import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.diffs import refuse_misfit
 from lora_fx.errors import PolicyError
 from lora_fx.fingerprints import BaseCheck, dtype_name
-from lora_fx.passes import adapter_io, remove, switch
+from lora_fx.passes import adapter_io, peft_io, remove, switch
 from lora_fx.passes import fold as fold_pass
 from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
@@ -151,18 +151,29 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
     return switch.disable_adapter(model)
 
 
-def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    adapter: str = "default",
+    *,
+    format: Literal["lora_fx", "peft"] = "lora_fx",  # noqa: A002
+) -> None:
     """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
 
     On a sharded model every process must call this; the first one writes, the others wait for it.
+    With ``format="peft"`` as a folder that ``PeftModel.from_pretrained`` loads (an adapter that is not
+    called "default" in a subfolder, as peft does), without plan and fingerprints.
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        PeftFormatError: the adapter holds what peft's format cannot; it is named.
     """
     file = adapter_io.collect(model, adapter)
+    written = peft_io.as_peft(model, file) if format == "peft" else file
+    target = peft_io.folder_of(path, adapter) if format == "peft" else path
     with first_process(model) as writes:
         if writes:
-            file.write(path)
+            written.write(target)
 
 
 def load_adapter(
@@ -174,22 +185,24 @@ def load_adapter(
     base_check: BaseCheck = "exact",
     replace: bool = False,
 ) -> nn.Module:
-    """Read an adapter file into the model, injecting the file's own plan first.
+    """Read an adapter file or a peft folder into the model, injecting the file's own plan first.
 
     ``trainable`` says whether it can be trained; None: not, or with ``replace`` as before.
     With ``replace`` the file fills the adapter of this name that the model has, in place: going back to
     an earlier state, or loading after ``fully_shard`` (on every process) or DDP's wrapping.
 
-    ``base_check`` says what makes the base the right one: every bit, the values at the stored dtype
-    (trained in bf16, folded in float32), or the shapes alone.
+    A peft folder carries no fingerprints: names and shapes are checked, and a warning says that nothing
+    else is. For an adapter file ``base_check`` says what makes the base the right one: every bit, the
+    values at the stored dtype (trained in bf16, folded in float32), or the shapes alone.
 
     Raises:
         AdapterFileError: the file is damaged, no adapter, or of another version.
         BaseMismatchError: the adapter was trained on another base.
         AdapterNameError: the model has an adapter of this name (with ``replace``: it has none).
         PlanError: the file's plan does not fit the model (with ``replace``: the adapter there).
+        PeftFormatError: the peft folder holds what lora_fx cannot represent; it is named.
     """
-    file = AdapterFile.read(path)
+    file = peft_io.read_peft(model, path, adapter) if Path(path).is_dir() else AdapterFile.read(path)
     if replace:
         adapter_io.refill(model, file, adapter, trainable=trainable, base_check=base_check)
         return model

@@ -55,7 +55,7 @@ def policy_data(config: object) -> dict[str, Any]:
         PeftFormatError: not a LoRA configuration, or a key that cannot be said as a policy.
     """
     given = _as_dict(config)
-    _refuse_unsupported(given)
+    refuse_unsupported(given)
     options = _options(given)
     rules = _saved_modules(given) + _excluded(given.get("exclude_modules"))
     if given.get("target_modules"):
@@ -82,7 +82,12 @@ def _as_dict(config: object) -> dict[str, Any]:
     return dict(found)
 
 
-def _refuse_unsupported(given: Mapping[str, Any]) -> None:
+def refuse_unsupported(given: Mapping[str, Any]) -> None:
+    """Refuse by name whatever a LoRA configuration asks for that lora_fx cannot do.
+
+    Raises:
+        PeftFormatError: another method than LoRA, or a key that is not known to be harmless.
+    """
     kind = _plain(given.get("peft_type", "LORA"))
     if kind != "LORA":
         raise _refused("peft_type", "LORA", kind, "Other methods are not LoRA.")
