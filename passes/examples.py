@@ -89,6 +89,8 @@ def fresh(value: Any) -> Any:
         return {k: fresh(v) for k, v in value.items()}
     if type(value) in {list, tuple}:
         return type(value)(fresh(v) for v in value)
+    if isinstance(value, nn.Module) or callable(value):
+        return value
     return copy.deepcopy(value, {id(t): t for _, t in tensors_in(value)})
 
 
@@ -141,10 +143,16 @@ def children(value: Any) -> list[tuple[str, Any]]:
     """Return what a container, a dataclass or a plain object holds, by key, index or attribute."""
     if isinstance(value, Mapping):
         return [(str(k), v) for k, v in value.items()]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [(str(i), v) for i, v in enumerate(value)]
     if isinstance(value, (nn.Module, type, torch.dtype, torch.device)) or callable(value):
         return []
     if is_dataclass(value):
         return [(f.name, getattr(value, f.name, None)) for f in fields(value)]
-    return [(str(k), v) for k, v in getattr(value, "__dict__", {}).items()]
+    slots = [name for cls in type(value).__mro__ for name in _listed(getattr(cls, "__slots__", ()))]
+    held = {n: getattr(value, n) for n in slots if not n.startswith("__") and hasattr(value, n)}
+    return [(str(k), v) for k, v in {**held, **getattr(value, "__dict__", {})}.items()]
+
+
+def _listed(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

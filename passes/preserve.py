@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from lora_fx.passes.registers import own_buffers
 
@@ -18,7 +19,8 @@ def preserved(model: nn.Module) -> Generator[None]:
     modules = list(model.modules())
     # A scripted module cannot replace its buffers, only write into them.
     registers = [(m, dict(own_buffers(m))) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with _disable_current_modes():  # a fake mode would keep a copy without values
+        values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
     modes = [(module, module.training) for module in modules]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
@@ -33,9 +35,9 @@ def preserved(model: nn.Module) -> Generator[None]:
         for module, held in registers:
             own_buffers(module).clear()
             own_buffers(module).update(held)
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             for buffer, value in values:
-                if _has_values(buffer) and not torch.equal(buffer, value):
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import operator
-import sys
-import threading
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.kinds.names import canonical_op
-from lora_fx.passes.aliases import Aliases, Geometry, geometry_of, unwrapped
+from lora_fx.passes.aliases import Aliases, Geometry, unwrapped
 from lora_fx.passes.calls import (
     Outcome,
     collect,
@@ -27,9 +23,8 @@ from lora_fx.passes.calls import (
     spell,
     version_of,
 )
-
-VALUE_LIMIT = 2**18
-"""The most elements of a non-floating tensor, or of a constant, whose values a node keeps."""
+from lora_fx.passes.module_stack import ModuleStack
+from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_facts
 
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device)
 
@@ -57,38 +52,19 @@ class Recorder(TorchFunctionMode):
         self.unexplained = False
         """Whether a tensor turned up that no attribute holds: some call was not seen."""
         self._aliases = Aliases(self._emit)
-        self._paths = _first_names(model)
-        self._stack: list[str] = []
-        self._thread = threading.get_ident()
+        self.modules = ModuleStack(model)
         self._saved: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._depth = 0
-        self._raised: tuple[BaseException | None, str] = (sys.exc_info()[1], "")
         self._attributes = _tensor_attributes(model)
         for name, parameter in model.named_parameters():
             self._aliases.external(parameter, self._reader(name, parameter, parameter=name))
         for name, buffer in model.named_buffers():
             self._aliases.external(buffer, self._reader(name, buffer))
 
-    @property
-    def path(self) -> str:
-        """The path of the innermost module whose forward is running."""
-        return self._stack[-1] if self._stack else ""
-
     def __enter__(self) -> Self:
         """Start to record."""
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
-
-    @contextmanager
-    def following_modules(self) -> Generator[None]:
-        """Inside, know which module's forward is running, also when one raises."""
-        before = module_hooks.register_module_forward_pre_hook(self._push)
-        behind = module_hooks.register_module_forward_hook(self._pop, always_call=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            behind.remove()
 
     def input(self, name: str, tensor: Tensor) -> None:
         """Enter one tensor of the example inputs as a placeholder."""
@@ -102,10 +78,6 @@ class Recorder(TorchFunctionMode):
         only = next(iter(read.values())) if list(read) == [""] else read
         node = self.graph.output(only)
         node.meta.update(op="output", module="")
-
-    def raised_in(self, error: BaseException) -> str:
-        """Return the path of the innermost module in which an error was raised."""
-        return self._raised[1] if self._raised[0] is error else ""
 
     def restore_written(self) -> None:
         """Write back what the run changed in parameters, inputs and other tensors from outside."""
@@ -171,7 +143,7 @@ class Recorder(TorchFunctionMode):
         func, op, args, kwargs = call
         kind, target, call_args = spell(func, args)
         node = self.graph.create_node(kind, target, self._nodes(call_args, op), self._nodes(kwargs, op))
-        node.meta.update(op=op, module=self.path)
+        node.meta.update(op=op, module=self.modules.path)
         if written:
             node.meta["writes"] = tuple(n for t in written if (n := self._aliases.read(t)) is not None)
         returned: set[int] = set()
@@ -193,7 +165,7 @@ class Recorder(TorchFunctionMode):
             self._aliases.written(tensor, node)
             self._describe(node, tensor, op=op)
             return
-        old, path, facts = self._aliases.read(tensor), self.path, self._facts(tensor)
+        old, path, facts = self._aliases.read(tensor), self.modules.path, self._facts(tensor)
 
         def make() -> fx.Node:
             made = self.graph.call_function(after, (node, old))
@@ -217,7 +189,7 @@ class Recorder(TorchFunctionMode):
         self, node: fx.Node, path: tuple[int, ...], facts: Mapping[str, Any]
     ) -> Callable[[], fx.Node]:
         """Return a maker of the ``getitem`` calls that lead to an element of a call's result."""
-        module = self.path
+        module = self.modules.path
         made: list[fx.Node] = []
 
         def make() -> fx.Node:
@@ -259,7 +231,7 @@ class Recorder(TorchFunctionMode):
         self.unexplained |= known is None
         what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         origin = f"the attribute {known!r}" if known else "of unknown origin"
-        self.holes.append(f"{name}: {what}, {origin}, read by {op} in {self.path!r}")
+        self.holes.append(f"{name}: {what}, {origin}, read by {op} in {self.modules.path!r}")
         make = self._reader(name, tensor)
         self._aliases.external(tensor, make)
         node = make()
@@ -283,30 +255,17 @@ class Recorder(TorchFunctionMode):
 
     def _emit(self, target: object, args: tuple[object, ...], geometry: Geometry, memory: int) -> fx.Node:
         node = self.graph.create_node("call_function", cast("Any", target), cast("Any", args))
-        node.meta.update(op=canonical_op(target), module=self.path, memory=memory)
+        node.meta.update(geometry_facts(geometry, memory), op=canonical_op(target), module=self.modules.path)
         if target is torch.as_strided_scatter:
             node.meta["writes"] = (args[0],)
-        _set_geometry(node, geometry)
         return node
 
     def _describe(self, node: fx.Node, tensor: Tensor, op: str) -> None:
-        node.meta.update(op=op, module=self.path)
+        node.meta.update(op=op, module=self.modules.path)
         node.meta.update(self._facts(tensor))
 
     def _facts(self, tensor: Tensor) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "shape": tuple(tensor.shape),
-            "dtype": tensor.dtype,
-            "floating": tensor.is_floating_point() or tensor.is_complex(),
-            "device": tensor.device,
-        }
-        geometry = geometry_of(tensor)
-        if geometry is not None:
-            facts.update(stride=geometry.stride, offset=geometry.offset)
-            facts["memory"] = self._aliases.memory(tensor)
-        if not facts["floating"] and _has_values(tensor):
-            facts["value"] = tensor.detach().clone()
-        return facts
+        return tensor_facts(tensor, self._aliases.memory(tensor))
 
     def _save(self, given: list[Tensor]) -> None:
         """Keep the value of a tensor from outside the run before a call may write into it."""
@@ -316,22 +275,6 @@ class Recorder(TorchFunctionMode):
                 held = tensor
             if held is not None and id(held) not in self._saved:
                 self._saved[id(held)] = (held, version_of(held), held.detach().clone())
-
-    def _push(self, module: nn.Module, args: Any) -> None:
-        del args
-        if threading.get_ident() == self._thread:
-            self._stack.append(self._paths.get(id(module), self.path))
-
-    def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
-        if threading.get_ident() == self._thread and self._stack:
-            path, error = self._stack.pop(), sys.exc_info()[1]
-            if error is not None and error is not self._raised[0]:
-                self._raised = (error, path)
-
-
-def _first_names(model: nn.Module) -> dict[int, str]:
-    return {id(module): name for name, module in model.named_modules()}
 
 
 def _tensor_attributes(model: nn.Module) -> dict[int, str]:
@@ -347,19 +290,3 @@ def _tensor_attributes(model: nn.Module) -> dict[int, str]:
             for index, tensor in enumerate(inside):
                 found.setdefault(id(tensor), name if tensor is value else f"{name}[{index}]")
     return found
-
-
-def _set_geometry(node: fx.Node, geometry: Geometry) -> None:
-    node.meta.update(
-        shape=geometry.size,
-        dtype=geometry.dtype,
-        floating=geometry.dtype.is_floating_point or geometry.dtype.is_complex,
-        stride=geometry.stride,
-        offset=geometry.offset,
-    )
-
-
-def _has_values(tensor: Tensor) -> bool:
-    if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
-        return False
-    return tensor.numel() <= VALUE_LIMIT and unwrapped(tensor) is None

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.passes.recorder import Recorder
 
 
-class SecondNet(TorchDispatchMode):
+class SecondNet(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Passes every operator to a recorder, which writes down what it has not seen itself."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ def _record(model: nn.Module, examples: Examples, *, deep: bool) -> Recorder:
         contextlib.ExitStack() as stack,
     ):
         stack.callback(recorder.restore_written)
-        stack.enter_context(recorder.following_modules())
+        stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
         if deep:
             # TorchScript's fused kernels hide their operators.
@@ -110,7 +111,7 @@ def _errors_named(model: nn.Module, recorder: Recorder | None = None) -> Generat
     try:
         yield
     except Exception as error:
-        where = "" if recorder is None else recorder.raised_in(error)
+        where = "" if recorder is None else recorder.modules.raised_in(error)
         raise InputError(
             f"example_inputs of {type(model).__name__}",
             expected="inputs that the model runs with",
@@ -127,6 +128,9 @@ def _quiet(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(warnings.catch_warnings())
+            # Compiled modules warn of global hooks; here they run as they are written.
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
             # Importing the compiler takes seconds: where nobody has, nothing is compiled.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

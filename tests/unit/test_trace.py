@@ -567,6 +567,37 @@ def test_meta_and_fake_tensors() -> None:
     assert [n.meta["shape"] for n in calls(traced, "linear")] == [(3, 4), (3, 2)]
 
 
+def test_a_real_model_under_a_fake_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        traced = trace(model, mode.from_tensor(torch.randn(3, 4)))
+    assert "batch_norm" in ops(traced)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_compiled_models_are_recorded_as_they_are_written() -> None:
+    inner = nn.Linear(4, 4)
+    inner.compile()
+    model = nn.Sequential(inner, torch.compile(nn.Linear(4, 2)))
+    traced = trace(model, torch.randn(3, 4))
+    assert [n.meta["module"] for n in calls(traced, "linear")] == ["0", "1._orig_mod"]
+    assert_replays(traced)
+
+
+class Slotted:
+    __slots__ = ("inner", "unset")
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+def test_outputs_in_slots_and_sets() -> None:
+    traced = recorded(lambda m, x: [Slotted({"y": m.a(x)}), {m.b(x)}])
+    (output,) = next(n for n in traced.graph.nodes if n.op == "output").args
+    assert list(output) == ["0.inner.y", "1.0"]
+
+
 def test_holes_are_named() -> None:
     class Holed(nn.Module):
         def __init__(self) -> None:
@@ -794,7 +825,7 @@ def random_program(seed: int) -> Callable[[Any, Tensor], Any]:
         choices: list[Callable[[], Tensor]] = [
             lambda: t.view(t.shape),
             lambda: t.unsqueeze(0),
-            lambda: t.detach(),
+            t.detach,
         ]
         if t.dim():
             start = rng.randrange(t.shape[axis])
