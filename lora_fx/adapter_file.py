@@ -25,7 +25,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora_fx.errors import AdapterFileError, BaseMismatchError
+from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchError
 from lora_fx.files import atomic_write
 from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
 from lora_fx.kinds.base import LivePart
@@ -49,7 +49,19 @@ class AdapterFile:
     deltas: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def write(self, path: str | Path) -> None:
-        """Write the file: under a temporary name in the same folder, synced, renamed."""
+        """Write the file: under a temporary name in the same folder, synced, renamed.
+
+        Raises:
+            AdapterValueError: the tensors are on the meta device and have no values.
+        """
+        empty = [key for key, tensor in self.tensors.items() if tensor.device.type == "meta"]
+        if empty:
+            raise AdapterValueError(
+                empty[0],
+                expected="an adapter with values",
+                got=f"{len(empty)} tensors on the meta device",
+                advice="Materialise the model first; save an adapter before its model is offloaded.",
+            )
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),

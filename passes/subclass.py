@@ -52,18 +52,21 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 def attach(module: nn.Module) -> None:
     """Give the module the subclass that its Binding calls for; its own class where nothing is left."""
     held = module.__dict__[BINDING]
-    forward = _forward(module, held)
+    forward, former = _forward(module, held), type(module).forward
     _set_class(module, _subclass(held.base_class, frozenset(held.sites), forward))
-    _rebind(module, held)
+    _rebind(module, held, former)
 
 
 def detach(module: nn.Module) -> None:
     """Give the module its own class and its own instance-level forwards back."""
     held: Binding = module.__dict__[BINDING]
+    former = type(module).forward
     _set_class(module, held.base_class)
     for attribute, value in held.rebound.items():
         module.__dict__[attribute] = value
     held.rebound.clear()
+    for attribute, _ in _bound_forwards(module, former):
+        module.__dict__[attribute] = types.MethodType(held.base_class.forward, module)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -298,13 +301,20 @@ def _bound_to(module: nn.Module, value: Any) -> Any:
     return types.MethodType(value.__func__, module) if isinstance(value, types.MethodType) else value
 
 
-def _rebind(module: nn.Module, held: Binding) -> None:
-    """Point instance attributes that hold the class's bound forward (accelerate's) at the new one."""
-    original = held.base_class.forward
-    for attribute, value in list(module.__dict__.items()):
-        function = getattr(value, "__func__", None)
-        if isinstance(value, types.MethodType) and value.__self__ is module:
-            if function is original:
-                held.rebound[attribute] = value
-            if function is original or attribute in held.rebound:
-                module.__dict__[attribute] = types.MethodType(type(module).forward, module)
+def _rebind(module: nn.Module, held: Binding, former: Any) -> None:
+    """Point instance attributes that hold a forward of the class (accelerate's) at the one of now."""
+    for attribute, value in _bound_forwards(module, held.base_class.forward):
+        held.rebound[attribute] = value
+    bound = {attribute for attribute, _ in _bound_forwards(module, former)} | set(held.rebound)
+    for attribute in bound:
+        if isinstance(module.__dict__.get(attribute), types.MethodType):
+            module.__dict__[attribute] = types.MethodType(type(module).forward, module)
+
+
+def _bound_forwards(module: nn.Module, function: Any) -> list[tuple[str, types.MethodType]]:
+    """Return the instance attributes that hold this function, bound to the module."""
+    return [
+        (attribute, value)
+        for attribute, value in module.__dict__.items()
+        if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is function
+    ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lora_fx.errors import WrappedModelError
 from lora_fx.passes.sharded import is_sharded
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+_FIRST = "Inject first, then wrap: gradients of adapters that are added later are not synchronised."
+_COMPILED = "Inject into its _orig_mod, or before torch.compile; the compiled model then sees the adapters."
+_OFFLOADED = "Inject before dispatching: offloaded weights are in the model only while it runs."
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -15,22 +20,28 @@ def refuse_wrapped(model: nn.Module) -> None:
 
     Raises:
         WrappedModelError: the model is, or holds, a DDP, DataParallel or FSDP wrapper, was given to
-            ``fully_shard``, or has parameters that are DTensors (tensor parallelism).
+            ``fully_shard``, has parameters that are DTensors (tensor parallelism), is what
+            ``torch.compile`` returned, or has weights that accelerate keeps elsewhere.
     """
     for path, module in model.named_modules():
         names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
-        found = next((w for w in (*_WRAPPERS, "FSDPModule") if w in names), None)
+        found = next((w for w in _WRAPPERS if w in names), None)
         if found is not None:
-            raise _refusal(path or "the model", found)
+            raise _refusal(path or "the model", found, _FIRST)
+        if not path and "OptimizedModule" in names:
+            raise _refusal("the model", "what torch.compile returned", _COMPILED)
+        if any(getattr(hook, "offload", False) for hook in _hooks(module)):
+            raise _refusal(path or "the model", "weights that accelerate offloads", _OFFLOADED)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
-            raise _refusal(name, "a DTensor parameter")
+            raise _refusal(name, "a DTensor parameter", _FIRST)
 
 
-def _refusal(where: str, got: str) -> WrappedModelError:
-    return WrappedModelError(
-        where,
-        expected="a model that is not yet wrapped",
-        got=got,
-        advice="Inject first, then wrap: gradients of adapters that are added later are not synchronised.",
-    )
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return accelerate's hooks of a module: one, or the parts of a sequence."""
+    hook = module.__dict__.get("_hf_hook")
+    return (hook, *getattr(hook, "hooks", ()))
+
+
+def _refusal(where: str, got: str, advice: str) -> WrappedModelError:
+    return WrappedModelError(where, expected="a model that is not yet wrapped", got=got, advice=advice)

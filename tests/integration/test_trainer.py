@@ -1,0 +1,117 @@
+"""Hugging Face's Trainer on an injected causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx import Policy, Rule
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+WORDS = 64
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def adapted() -> Any:
+    policy = Policy(Rule(role="qv", rank=4, dropout=0.1), Rule(module="embed_tokens", rank=2))
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    return lora_fx.inject(base(), policy, inputs, seed=1)
+
+
+def sentence(number: int) -> dict[str, Tensor]:
+    words = torch.randint(WORDS, (8,), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": words, "labels": words}
+
+
+DATA = [sentence(n) for n in range(16)]
+
+
+def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
+    from lora_fx.trainer import AdapterTrainer
+
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        **options,
+    )
+    return AdapterTrainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = adapted()
+    trainer(whole, tmp_path / "whole").train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    weights = {p.name for p in checkpoint.iterdir() if p.suffix in {".safetensors", ".bin"}}
+    assert weights == {"lora_fx_default.safetensors", "training_args.bin"}
+    resumed = adapted()
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
+    assert states_equal(whole, resumed)
+    alone = lora_fx.load_adapter(base(), checkpoint / "lora_fx_default.safetensors")
+    assert not torch.equal(lora_fx.parameters(alone)[0], lora_fx.parameters(whole)[0])
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model = adapted()
+    # The "best" is the one of the greatest loss: the first, so that loading it shows.
+    run = trainer(
+        model, tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    kept = lora_fx.load_adapter(base(), best / "lora_fx_default.safetensors")
+    last = lora_fx.load_adapter(base(), tmp_path / "checkpoint-6" / "lora_fx_default.safetensors")
+    pairs = list(zip(lora_fx.parameters(model), lora_fx.parameters(kept), strict=True))
+    assert all(torch.equal(p, q) and p.requires_grad for p, q in pairs)
+    assert not torch.equal(lora_fx.parameters(last)[0], lora_fx.parameters(kept)[0])
+
+
+def test_an_injected_language_model_generates_as_its_folded_self() -> None:
+    model = adapted().eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    words = torch.arange(6).view(1, 6)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(words)}
+    made = model.generate(words, **options)
+    with lora_fx.folded(model):
+        assert torch.equal(model.generate(words, **options), made)
+    with lora_fx.disable_adapter(model):
+        assert not torch.equal(model.generate(words, **options), made)
