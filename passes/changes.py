@@ -6,6 +6,7 @@ small delta: the *retained delta* ``1 - |cast(W) - W0 - delta| / |delta|`` says 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import AdapterValueError
+from lora_fx.matrix import columns_form, rows_form
 from lora_fx.passes.runtime import SiteSpec, effective, raw
 from lora_fx.passes.sharded import reshard, whole
 from lora_fx.passes.switch import adapter_sites, require
@@ -37,6 +39,20 @@ class Change:
     retained: float = 1.0
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A change that is one product added where the weight lies: ``matrix += scale * left right``."""
+
+    matrix: Tensor
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def add(self) -> None:
+        """Add it."""
+        self.matrix.addmm_(self.left, self.right, alpha=self.scale)
+
+
 def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change]:
     """Return what folding the adapter would change, by the parameters' first qualified names.
 
@@ -46,29 +62,71 @@ def changes(model: nn.Module, adapter: str | None = None) -> Mapping[str, Change
     """
     _, name = require(model, adapter)
     reshard(model)
-    found: dict[int, Change] = {}
     with torch.no_grad():
-        for path, module, attribute, spec in adapter_sites(model, name):
-            qualified = f"{path}.{attribute}" if path else attribute
-            key = id(raw(module, attribute))
-            if key in found:
-                found[key] = replace(found[key], names=(*found[key].names, qualified))
+        return {
+            names[0]: replace(_change(module, attribute, spec, names[0]), names=names)
+            for names, module, attribute, spec in _weights(model, name)
+        }
+
+
+def sums_and_changes(model: nn.Module, adapter: str) -> tuple[list[Sum], Mapping[str, Change]]:
+    """Return what folding for good does: sums to be added in place, and the other changes.
+
+    Raises:
+        AdapterValueError: an adapter holds NaN or infinity, or ``W`` overflows the weight's dtype.
+    """
+    sums: list[Sum] = []
+    others: dict[str, Change] = {}
+    with torch.no_grad():
+        for names, module, attribute, spec in _weights(model, adapter):
+            found = _sums(module, attribute, spec, names[0])
+            if found is None:
+                others[names[0]] = replace(_change(module, attribute, spec, names[0]), names=names)
             else:
-                found[key] = _change(module, attribute, spec, qualified)
-    return {change.names[0]: change for change in found.values()}
+                sums += found
+    return sums, others
+
+
+def _weights(model: nn.Module, adapter: str) -> list[tuple[tuple[str, ...], nn.Module, str, SiteSpec]]:
+    """Return (all names, an owner, its attribute, the spec) of each weight, tied ones once."""
+    found: dict[int, tuple[tuple[str, ...], nn.Module, str, SiteSpec]] = {}
+    for path, module, attribute, spec in adapter_sites(model, adapter):
+        name = f"{path}.{attribute}" if path else attribute
+        key = id(raw(module, attribute))
+        names = (*found[key][0], name) if key in found else (name,)
+        found[key] = (names, *(found[key][1:] if key in found else (module, attribute, spec)))
+    return list(found.values())
+
+
+def _sums(module: nn.Module, attribute: str, spec: SiteSpec, qualified: str) -> list[Sum] | None:
+    """Return a change as sums in place, where it is nothing else and no value can go wrong."""
+    base = raw(module, attribute).detach()
+    plain = base.dtype in (torch.float32, torch.float64) and type(base) is Tensor and base.is_contiguous()
+    if not plain or base.device.type == "meta" or base.is_inference() or spec.form is None:
+        return None
+    if not spec.low_rank or any(p.rows is not None or p.start_a is not None for p in spec.parts):
+        return None
+    if _may_overflow(spec, base, _bounds(module, spec, qualified)):
+        return None
+    pairs = [(raw(module, p.a).to(base.dtype), raw(module, p.b).to(base.dtype)) for p in spec.parts]
+    if spec.form == rows_form(spec.form.shape):
+        flat = base.view(spec.form.out_features, spec.form.in_features)
+        return [Sum(flat, b, a, spec.scale) for a, b in pairs]
+    if base.dim() == 2 and spec.form == columns_form(spec.form.shape):
+        return [Sum(base, a.mT, b.mT, spec.scale) for a, b in pairs]
+    return None
 
 
 def _change(module: nn.Module, attribute: str, spec: SiteSpec, qualified: str) -> Change:
     base = raw(module, attribute)
-    for key in spec.names:
-        _check_finite(whole(raw(module, key)), f"{qualified} ({key})")
+    bounds = _bounds(module, spec, qualified)
     if base.dtype in (torch.float16, torch.bfloat16) and base.device.type != "meta":
         wide = effective(module, attribute, spec, base.float())
         after = wide.to(base.dtype)
         kept = retained(whole(base), whole(wide), whole(after))
     else:
         after, kept = effective(module, attribute, spec), 1.0
-    if _may_overflow(module, spec, base) and bool(whole(base).isfinite().all()):
+    if _may_overflow(spec, base, bounds) and bool(whole(base).isfinite().all()):
         _check_finite(whole(after), qualified)
     return Change((qualified,), base.detach(), after.detach(), kept)
 
@@ -80,28 +138,47 @@ def retained(before: Tensor, wide: Tensor, after: Tensor) -> float:
     return 1.0 - float((after.float() - wide.float()).norm()) / size if size else 1.0
 
 
-def _may_overflow(module: nn.Module, spec: SiteSpec, base: Tensor) -> bool:
+def _may_overflow(spec: SiteSpec, base: Tensor, bounds: Mapping[str, float]) -> bool:
     """Say whether ``W`` must be read through for overflow; for float32 a bound on A and B rules it out."""
     if base.device.type == "meta" or spec.full is not None:
         return False
     if base.dtype not in (torch.float32, torch.float64) or spec.magnitude is not None:
         return True
-    bound = sum(
-        float(whole(raw(module, part.a)).abs().max()) * float(whole(raw(module, part.b)).abs().max())
-        for part in spec.parts
-        if raw(module, part.a).numel() and raw(module, part.b).numel()
-    )
-    return not bound * abs(spec.scale) < _SAFE
+    delta = sum(bounds[part.a] * bounds[part.b] for part in spec.parts)
+    return not delta * abs(spec.scale) < _SAFE
+
+
+def _bounds(module: nn.Module, spec: SiteSpec, qualified: str) -> dict[str, float]:
+    """Return the largest magnitude in each of an adapter's tensors, in one pass over each.
+
+    Raises:
+        AdapterValueError: one holds NaN or infinity.
+    """
+    found: dict[str, float] = {}
+    for name in spec.names:
+        tensor = whole(raw(module, name))
+        if tensor.device.type == "meta" or not tensor.numel():
+            found[name] = 0.0
+            continue
+        low, high = torch.aminmax(tensor.detach())
+        found[name] = max(abs(float(low)), abs(float(high)))
+        if not math.isfinite(found[name]) or math.isnan(float(low)):
+            raise _not_finite(f"{qualified} ({name})")
+    return found
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:
     if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-        raise AdapterValueError(
-            where,
-            expected="finite values",
-            got="NaN or infinity",
-            advice="The training diverged, or the file is damaged: go back to an earlier adapter.",
-        )
+        raise _not_finite(where)
+
+
+def _not_finite(where: str) -> AdapterValueError:
+    return AdapterValueError(
+        where,
+        expected="finite values",
+        got="NaN or infinity",
+        advice="The training diverged, or the file is damaged: go back to an earlier adapter.",
+    )
 
 
 def refuse_rounded_away(found: Iterable[Change], least: float) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.passes.changes import changes, refuse_rounded_away
+from lora_fx.passes.changes import changes, refuse_rounded_away, sums_and_changes
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
@@ -154,8 +155,13 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
     refuse_fully_sharded(model, "fold", "Use lora_fx.folded here, or load the adapter file unsharded.")
-    found = changes(model, adapter)
-    refuse_rounded_away(found.values(), min_retained)
+    _, name = require(model, adapter)
+    sums, others = sums_and_changes(model, name)
+    refuse_rounded_away(others.values(), min_retained)
     unload(model)
-    _place(model, {name: change.after for change in found.values() for name in change.names}, [])
+    # Nothing below can fail: every value was checked, so the base is written to where it lies.
+    with torch.no_grad():
+        for each in sums:
+            each.add()
+    _place(model, {n: change.after for change in others.values() for n in change.names}, [])
     return model
