@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_fx.latencies import Latency, Ratio
+from lora_fx.passes import onnx_files
 from lora_fx.passes.onnx_feeds import Feeds, random_feeds
 from lora_fx.passes.onnx_session import open_session
 from lora_fx.providers import Providers, choose, onnxruntime
@@ -49,7 +50,13 @@ def compare_latency(
 
     ``inputs`` are fed to both (default: random ones, every dynamic dimension small); providers,
     options and threads are equal on both sides. ``sets`` sets of sessions share the ``seconds``.
+
+    Raises:
+        ExportError: a file is no ONNX model.
+        ProviderError: the provider asked for is not there.
     """
+    for path in (base_onnx, folded_onnx):
+        onnx_files.load(path)
     runtime = choose(providers)
     own_time = threads == 1 and runtime.first.startswith("CPU")
     clock = time.thread_time if own_time else time.perf_counter

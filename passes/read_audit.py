@@ -1,4 +1,4 @@
-"""Audit a plan, an injected model, an adapter file or an exported ONNX file."""
+"""Audit a plan, an injected model, an adapter file, a peft folder or an exported ONNX file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lora_fx.audits import Audit, audit_plan
 from lora_fx.errors import AdapterFileError
 from lora_fx.passes.extent import deltas
 from lora_fx.passes.switch import require
+from lora_fx.peft_files import PeftFolder
+from lora_fx.peft_outline import outline
 from lora_fx.plans import Plan
 
 
@@ -20,6 +22,7 @@ def audit(target: nn.Module | Plan | str | Path) -> Audit:
     Raises:
         AdapterNameError: a model without adapters.
         AdapterFileError: a file that carries no plan.
+        PeftFormatError: a peft folder that cannot be read, or not without its model.
     """
     if isinstance(target, Plan):
         return audit_plan(target)
@@ -28,8 +31,8 @@ def audit(target: nn.Module | Plan | str | Path) -> Audit:
     path = Path(target)
     if path.suffix == ".onnx":
         return _of_onnx(path)
-    file = AdapterFile.read(path)
-    return audit_plan(file.plan, file.deltas, str(path.name))
+    file = outline(PeftFolder.read(path)) if path.is_dir() else AdapterFile.read(path)
+    return audit_plan(file.plan, file.deltas, path.resolve().name)
 
 
 def _of_model(model: nn.Module) -> Audit:
