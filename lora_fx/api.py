@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
 from lora_fx.passes.wrapped import refuse_wrapped
 from lora_fx.planning import make_plan
-from lora_fx.plans import Plan
+from lora_fx.plans import Extra, Plan
 from lora_fx.policy import Policy
 from lora_fx.reports import Report
 
@@ -286,6 +287,7 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
     with fold_pass.base_only(model):
         sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
         held = _held(model)
+        shared = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
         total = sum(p.numel() for p in model.parameters())
         classes = {path: type(m).__name__ for path, m in model.named_modules()}
     decided = make_plan(
@@ -298,6 +300,7 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
         base_parameters=total,
         owners=classes,
     )
+    decided = replace(decided, extras=_distinct(decided.extras, shared))
     if policy.norm_stats == "train":
         decided = replace(decided, buffers=running_statistics(model))
     return decided, traced
@@ -317,6 +320,12 @@ def _held(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     return {
         name: (tuple(p.shape), dtype_name(p)) for name, p in model.named_parameters(remove_duplicate=False)
     }
+
+
+def _distinct(extras: tuple[Extra, ...], identities: Mapping[str, int]) -> tuple[Extra, ...]:
+    """Keep one name of each Parameter: a bias of a module with two names is trained and saved once."""
+    first = {identities[extra.name]: extra for extra in reversed(extras)}
+    return tuple(extra for extra in extras if first[identities[extra.name]] is extra)
 
 
 def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:

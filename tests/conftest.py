@@ -32,3 +32,16 @@ def _import_torchvision() -> None:
 
 
 _import_torchvision()
+
+
+def _hypothesis_profiles() -> None:
+    """CI's draws are fixed and few; ``--hypothesis-profile=long`` draws many, other ones each time."""
+    from hypothesis import HealthCheck, settings
+
+    unhurried = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("ci", max_examples=65, derandomize=True, print_blob=True, **unhurried)  # type: ignore[arg-type]
+    settings.register_profile("long", max_examples=2000, print_blob=True, **unhurried)  # type: ignore[arg-type]
+    settings.load_profile("ci")
+
+
+_hypothesis_profiles()

@@ -201,7 +201,7 @@ def _fold(model: nn.Module, inputs: dict[str, Any]) -> None:
 def _step(model: nn.Module, inputs: dict[str, Any]) -> None:
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
     trained = lora_fx.parameters(model)
-    optimiser = torch.optim.SGD(trained, lr=1e-3)
+    optimiser = torch.optim.Adam(trained, lr=1e-3)
     live = [o for o in outputs_of(model, inputs) if o.requires_grad]
     torch.stack([(o * uneven(o)).sum() for o in live]).sum().backward()
     optimiser.step()
@@ -216,6 +216,8 @@ def _step(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def _roundtrip(model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        outputs_of(model, inputs)  # a model that keeps its state from call to call holds no graph then
     base = copy.deepcopy(model)
     lora_fx.unload(base)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -100,15 +100,21 @@ def main() -> None:
     parser.add_argument("--match", nargs="*", default=["*"])
     parser.add_argument("--names", type=Path, help="a file with one name a line")
     parser.add_argument("--onnx", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure failed rows again")
+    parser.add_argument(
+        "--again", choices=("built", "all"), help="measure failed rows again: those that built, all"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=90.0)
     given = parser.parse_args()
     _preload()
-    known = {row["name"] for row in rows(given.out) if not (given.again and row["failed"])}
+    known = {row["name"] for row in rows(given.out) if not _due(row, given.again)}
     listed = names() if given.names is None else given.names.read_text(encoding="utf-8").split()
     todo = [n for n in listed if n not in known and any(fnmatch.fnmatch(n, m) for m in given.match)]
     run(todo, given.out, onnx=given.onnx, workers=given.workers, limit=given.limit)
+
+
+def _due(row: Row, again: str | None) -> bool:
+    return bool(row["failed"]) and (again == "all" or (again == "built" and "build" not in row["failed"]))
 
 
 def _preload() -> None:

@@ -1,0 +1,123 @@
+"""The invariants of the design on drawn models under drawn policies.
+
+CI draws 8 x 65 models. More by ``make test PYTEST_ARGS="--hypothesis-profile=long tests/property"``.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import event, given, note
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_fx
+from tests.property import checks
+from tests.property.building import build, policy_of
+from tests.property.specs import FAMILIES, Family, ModelSpec, PolicySpec, models, policies
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_every_invariant(family: Family, data: st.DataObject) -> None:
+    spec, asked = data.draw(models(family)), data.draw(policies())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    model, x = build(spec, dtype)
+    before = checks.Snapshot.of(model)
+    policy = policy_of(asked, model)
+    plain = copy.deepcopy(model)
+    base = checks.run(frozen(copy.deepcopy(model)), x)
+    plan = lora_fx.plan(model, policy, x)
+    note(str(plan))
+    if not plan.adapted and not plan.trained:
+        event("nothing to adapt")
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        lora_fx.inject(model, plan, x, seed=spec.seed)
+    check_start(model, x, base, asked)
+    checks.assert_base_kept(before, model.state_dict())
+    checks.assert_only_adapters_learn(model, x)
+    randomise(model, spec.seed)
+    check_modes(model, x)
+    check_copy(model, x)
+    check_file(model, plain, x)
+    if data.draw(st.integers(0, 3)) == 0:
+        lora_fx.verify(model, x).raise_for_failure()
+    checks.assert_base_kept(before, model.state_dict())
+    lora_fx.unload(model)
+    checks.assert_restored(before, model)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Torch picks kernels by requires_grad: hold it equal on both sides of a comparison of bits."""
+    return model.requires_grad_(False)
+
+
+def check_start(model: nn.Module, x: Tensor, base: Tensor, asked: PolicySpec) -> None:
+    """At its start the injected model computes what the base computes."""
+    if asked.dora or asked.init in ("pissa", "olora"):  # W0 is recomposed: equal up to rounding
+        checks.assert_close(checks.run(model, x), base)
+    else:
+        checks.assert_same_bits(checks.run(model, x), base)
+    with lora_fx.disable_adapter(model):
+        checks.assert_same_bits(checks.run(model, x), base)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def check_modes(model: nn.Module, x: Tensor) -> None:
+    """Injected and folded agree in eval and in train, and neither is the base."""
+    for mode in (True, False):
+        model.train(mode)
+        found = checks.run(model, x)
+        with lora_fx.folded(model):
+            wanted = checks.run(model, x)
+        checks.assert_close(found, wanted)
+    with lora_fx.disable_adapter(model):
+        checks.assert_differs(found, checks.run(model, x))
+
+
+def check_copy(model: nn.Module, x: Tensor) -> None:
+    """A deep copy computes the same, and shares nothing."""
+    wanted = checks.run(model, x)
+    other = copy.deepcopy(model)
+    checks.assert_same_bits(checks.run(other, x), wanted)
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in other.parameters()}
+    assert not shared
+    lora_fx.unload(other)
+    checks.assert_same_bits(checks.run(model, x), wanted)
+
+
+def check_file(model: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """What a file brings to another copy of the base computes what was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        lora_fx.save_adapter(model, path)
+        lora_fx.load_adapter(plain, path, trainable=True)
+    checks.assert_same_bits(checks.run(plain, x), checks.run(model, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_certificate(family: Family, tmp_path: Path) -> None:
+    """The exported model of one simple spec of each family is certified."""
+    from tests.property.specs import LAYERS, Layer
+
+    for kind in LAYERS[family][:1]:
+        spec = ModelSpec((Layer(kind, "residual"),), head="linear", width=8)
+        model, x = build(spec, torch.float32)
+        lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+        randomise(model, 0)
+        certificate = lora_fx.export_onnx(model, tmp_path / f"{kind}.onnx", x)
+        certificate.raise_for_failure()
