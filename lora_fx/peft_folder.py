@@ -44,9 +44,8 @@ def to_peft(file: AdapterFile, layout: Layout) -> PeftFolder:
     whole = _whole(file, layout, wrappers)
     tensors: dict[str, Tensor] = {}
     seen = Counter[str]()
-    for slot in sorted(
-        slots, key=lambda s: [layer.name for layer in layout.layers.values()].index(s.layer.name)
-    ):
+    order = {name: index for index, name in enumerate(layout.layers)}
+    for slot in sorted(slots, key=lambda slot: order[slot.layer.name]):
         path = slot.layer.path
         seen[path] += 1
         # Of several wrappers of one module, the first is the innermost.

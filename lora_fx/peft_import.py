@@ -1,8 +1,7 @@
 """A peft folder and the model it is for -> an adapter file with its Plan.
 
 What the tensors' keys say decides, not the patterns of the configuration: the ranks must agree, and a key
-that names nothing in the model is an error. Scales are not stored: they follow from the configuration as
-in peft, ``alpha / r`` or ``alpha / sqrt(r)``, after ``rank_pattern`` and ``alpha_pattern``.
+that names nothing in the model is an error.
 """
 
 from __future__ import annotations
@@ -19,30 +18,15 @@ from torch import Tensor
 from lora_fx.adapter_file import AdapterFile, tensor_key
 from lora_fx.errors import AdapterFileError, PeftFormatError
 from lora_fx.fingerprints import Fingerprint, dtype_name, fingerprint
-from lora_fx.matrix import MatrixForm
 from lora_fx.peft_config import refuse_unsupported
 from lora_fx.peft_files import PREFIX, PeftFolder
-from lora_fx.peft_layers import BASE, Layer, Layout, as_parameter, matching_key, plain_path
+from lora_fx.peft_keys import Adapted, listed, read_adapter, refused, same_delta, sorted_keys
+from lora_fx.peft_layers import BASE, Layer, Layout, plain_path
 from lora_fx.plans import Decision, Extra, Part, Plan, Reason
 from lora_fx.sites import Site
 
-_LORA = re.compile(r"(.*)\.lora_(?:embedding_)?(A|B)(?:\.weight)?|(.*)\.(lora_magnitude_vector)(?:\.weight)?")
 _CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga|loftq)(_.*)?")
 _PLAIN_STARTS = {"true", "false", "gaussian", "orthogonal", "eva"}
-TWICE_UNTIL = (0, 21, 2)
-"""The last peft known to apply the delta of an attention's output projection twice."""
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """One wrapped parameter of the file: ``delta = scale * B A`` in its layer's matrix form."""
-
-    layer: Layer
-    a: Tensor
-    b: Tensor
-    scale: float
-    alpha: float
-    magnitude: Tensor | None = None
 
 
 def from_peft(folder: PeftFolder, layout: Layout) -> AdapterFile:
@@ -56,8 +40,8 @@ def from_peft(folder: PeftFolder, layout: Layout) -> AdapterFile:
     """
     config = folder.config
     _refuse_config(config)
-    entries, plain = _sorted_keys(folder.tensors)
-    found = [_adapted(path, fields, config, layout) for path, fields in entries.items()]
+    entries, plain = sorted_keys(folder.tensors)
+    found = [read_adapter(path, fields, config, layout) for path, fields in entries.items()]
     # What save_adapter writes beside an in-projection: peft wants an output projection's adapter too.
     by_name = {f.layer.name: f for f in found if f.layer.kind != "attention-out" or bool(f.a.any())}
     full, prints = _plain(plain, layout)
@@ -83,137 +67,6 @@ def _refuse_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def _sorted_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Part the keys into adapters, by wrapped path, and whole tensors, by name."""
-    entries: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            raise _refused(key, f"keys that start with {PREFIX!r}", "another name", "Save it with PeftModel.")
-        name = key.removeprefix(PREFIX)
-        match = _LORA.fullmatch(name)
-        if match is not None:
-            path, what = (match[1], match[2]) if match[2] else (match[3], "magnitude")
-            entries.setdefault(path, {})[what] = _wide(tensor)
-        elif ".lora_" in name or ".token_adapter" in name:
-            raise _refused(key, "lora_A, lora_B and lora_magnitude_vector", "another tensor", "Remove it.")
-        else:
-            plain[name] = tensor
-    return entries, plain
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _adapted(path: str, fields: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout) -> _Adapted:
-    layer = _layer_of(path, config, layout)
-    wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    if set(fields) != wanted:
-        raise AdapterFileError(
-            PREFIX + path, expected=_listed(wanted), got=_listed(fields), advice="Save the adapter again."
-        )
-    twice = layer.kind == "attention-out"
-    if layer.obstacle is not None and not twice:
-        raise _refused(
-            layer.name, "a layer whose weight the adapter changes", layer.obstacle, "Train it anew."
-        )
-    rank, alpha, scale = _scaling(layer.key, config)
-    a, b = _matrices(layer, fields["A"], fields["B"], rank)
-    if twice and bool(b.any()) and bool(a.any()):
-        scale *= _applied(layer, config)
-    magnitude = fields.get("magnitude")
-    return _Adapted(layer, a, b, scale, alpha, None if magnitude is None else magnitude.flatten())
-
-
-def _layer_of(path: str, config: Mapping[str, Any], layout: Layout) -> Layer:
-    """Return the parameter that a wrapper at this path adapts.
-
-    The names of parameters are not in the keys: of several in one module, the last in the module's order
-    is the outermost wrapper.
-    """
-    depth, outer = 0, path
-    while outer.endswith(BASE):
-        depth, outer = depth + 1, outer.removesuffix(BASE)
-    name = plain_path(path)
-    layers = layout.by_path.get(name, ())
-    asked = config.get("target_parameters") or ()
-    targeted = [layer for layer in layers if any(_is_or_ends(layer.name, t) for t in asked)]
-    if depth < len(targeted):
-        layer = targeted[len(targeted) - 1 - depth]
-        return as_parameter(layer)
-    wrapped = [layer for layer in layers if layer.attribute in ("weight", "in_proj_weight")]
-    if depth or not wrapped:
-        near = difflib.get_close_matches(name, layout.by_path, n=1)
-        raise _refused(
-            PREFIX + path,
-            f"a module of {layout.model or 'the model'} with a weight",
-            "none of that path",
-            f"The nearest is {near[0]!r}." if near else "Load the model that it was trained on.",
-        )
-    if wrapped[0].kind == "parameter" and wrapped[0].obstacle is None:
-        return replace(
-            wrapped[0], obstacle="the module's forward is its own, and peft adds its branch outside of it"
-        )
-    return wrapped[0]
-
-
-def _is_or_ends(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _scaling(key: str, config: Mapping[str, Any]) -> tuple[int, float, float]:
-    """Return rank, alpha and scale as peft gives them to the module of this path."""
-    ranks: Mapping[str, Any] = config.get("rank_pattern") or {}
-    alphas: Mapping[str, Any] = config.get("alpha_pattern") or {}
-    rank_key, alpha_key = matching_key(ranks, key), matching_key(alphas, key)
-    rank = int(config.get("r", 8) if rank_key is None else ranks[rank_key])
-    alpha = float(config.get("lora_alpha", 8) if alpha_key is None else alphas[alpha_key])
-    return rank, alpha, alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _matrices(layer: Layer, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return ``A: (r, in)`` and ``B: (out, r)`` of the layer's matrix form; stacks for experts."""
-    form, shapes = layer.form, f"{tuple(a.shape)} and {tuple(b.shape)}"
-    experts = form.experts or 1
-    wanted = (rank * experts, form.in_features), (form.out_features, rank * experts)
-    if layer.kind == "conv":
-        wide = (rank, *form.shape[1:]), (form.out_features, rank, *[1] * (len(form.shape) - 2))
-        fits = (tuple(a.shape), tuple(b.shape)) == wide
-        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    else:
-        fits = (tuple(a.shape), tuple(b.shape)) == wanted
-    if not fits:
-        raise AdapterFileError(
-            layer.name,
-            expected=f"A and B of rank {rank} for a weight of the shape {form.shape}",
-            got=f"shapes {shapes}",
-            advice="Load the model that it was trained on, or save the adapter again.",
-        )
-    if form.experts is None:
-        return a, b
-    a = a.reshape(experts, rank, form.in_features)
-    return a, b.reshape(form.out_features, rank, experts).permute(2, 0, 1)
-
-
-def _applied(layer: Layer, config: Mapping[str, Any]) -> float:
-    """Return how often the peft that wrote a file applies an output projection's delta.
-
-    Up to 0.21.2, once as the weight of the wrapper and once as that of what it wraps. Files of a peft that
-    did not write its version yet are older.
-    """
-    version = config.get("peft_version")
-    numbers = tuple(int(n) for n in re.findall(r"\d+", str(version).split("@")[0])[:3]) if version else ()
-    if numbers <= TWICE_UNTIL:
-        return 2.0
-    raise _refused(
-        layer.name,
-        f"a peft_version up to {'.'.join(map(str, TWICE_UNTIL))}, which applies this delta twice",
-        repr(version),
-        "How often this version applies the delta of an attention's output projection is not known.",
-    )
-
-
 def _plain(plain: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, Fingerprint]]:
     """Part whole tensors into what is trained, by name, and base weights that lie beside an adapter."""
     full: dict[str, Tensor] = {}
@@ -224,7 +77,7 @@ def _plain(plain: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tenso
         if known is None:
             near = difflib.get_close_matches(name, layout.state, n=1)
             advice = f"The nearest is {near[0]!r}." if near else "Load the model that it was trained on."
-            raise _refused(PREFIX + key, "a parameter or buffer of the model", "none of that name", advice)
+            raise refused(PREFIX + key, "a parameter or buffer of the model", "none of that name", advice)
         if key.endswith(f"{BASE}.weight") and name in layout.layers:
             prints[name] = fingerprint(tensor)
         elif tuple(known.shape) != tuple(tensor.shape):
@@ -245,7 +98,7 @@ class _Builder:
 
     config: Mapping[str, Any]
     layout: Layout
-    adapted: Mapping[str, _Adapted]
+    adapted: Mapping[str, Adapted]
     full: Mapping[str, Tensor]
     prints: Mapping[str, Fingerprint]
 
@@ -282,16 +135,16 @@ class _Builder:
             return Decision(site, "skip", Reason.NO_RULE, detail="not in the peft adapter"), {}
         missing = [n for n in names if n not in (self.adapted if low else self.full)]
         if missing or (low and whole):
-            raise _refused(
+            raise refused(
                 site.name,
                 "one change of the weight wherever it is used",
-                f"a change of {_listed(set(names) - set(missing))} alone, which is {_listed(missing)} too",
+                f"a change of {listed(set(names) - set(missing))} alone, which is {listed(missing)} too",
                 "peft changes one module's use of a tied weight; lora_fx changes the weight.",
             )
         if whole:
             if any(not torch.equal(whole[0], other) for other in whole[1:]):
-                raise _refused(
-                    site.name, "one value for tied weights", f"several ({_listed(names)})", "Untie them."
+                raise refused(
+                    site.name, "one value for tied weights", f"several ({listed(names)})", "Untie them."
                 )
             decision = Decision(
                 site,
@@ -304,11 +157,11 @@ class _Builder:
             return decision, {tensor_key(site.name, None, "full"): whole[0]}
         return self._adapt(site, low)
 
-    def _adapt(self, site: Site, low: list[_Adapted]) -> tuple[Decision, dict[str, Tensor]]:
+    def _adapt(self, site: Site, low: list[Adapted]) -> tuple[Decision, dict[str, Tensor]]:
         first = low[0]
         for other in low[1:]:
-            if not _same_delta(first, other):
-                raise _refused(
+            if not same_delta(first, other):
+                raise refused(
                     site.name,
                     "one delta for tied weights",
                     f"other deltas at {other.layer.name}",
@@ -357,18 +210,6 @@ class _Builder:
         return tuple(extras), tuple(buffers)
 
 
-def _same_delta(one: _Adapted, other: _Adapted) -> bool:
-    """Say whether two adapters of one weight are the same delta, the one's matrix transposed or not."""
-    if one.scale != other.scale or one.magnitude is not None or other.magnitude is not None:
-        return False
-    a, b = (other.a, other.b) if one.layer.form == other.layer.form else (other.b.mT, other.a.mT)
-    return _forms_agree(one.layer.form, other.layer.form) and torch.equal(one.a, a) and torch.equal(one.b, b)
-
-
-def _forms_agree(one: MatrixForm, other: MatrixForm) -> bool:
-    return other in (one, one.transposed)
-
-
 def _form_reason(layer: Layer, magnitude: Tensor | None, *, branch: bool) -> str:
     if branch:
         return "its module's own forward uses it"
@@ -382,11 +223,3 @@ def _provenance(config: Mapping[str, Any]) -> str:
         f"read from a {version} folder, trained on {origin}: it carries no fingerprint; names and shapes "
         "were checked, and nothing proves that this is the right base"
     )
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names))
-
-
-def _refused(where: str, expected: str, got: str, advice: str) -> PeftFormatError:
-    return PeftFormatError(where, expected=expected, got=got, advice=advice)

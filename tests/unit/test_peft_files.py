@@ -392,3 +392,43 @@ def test_tied_weights_that_peft_tied_are_read(tmp_path):
     if "lm_head" not in str(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()):
         pytest.skip("this peft does not tie")
     assert gap(output(loaded(model, tmp_path), inputs), output(theirs, inputs)) < NEAR
+
+
+def test_an_output_projection_adapted_alone_is_refused(tmp_path):
+    """peft wraps it, and the attention's forward reads the weight past the wrapper."""
+    model, _ = MODELS["attention"]()
+    by_peft(model, tmp_path, target_modules=["fc"], r=2)
+    pairs = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+    edited(tmp_path, {}, {f"base_model.model.mha.out_proj.lora_{k}.weight": v for k, v in pairs.items()})
+    refused(model, tmp_path, "out_proj.*without its nn.MultiheadAttention")
+
+
+def test_a_second_adapter_and_one_put_back_in_place(tmp_path):
+    model, inputs = MODELS["gpt2"]()
+    one = by_peft(model, tmp_path / "one", target_modules=["c_attn"], r=2)
+    two = by_peft(model, tmp_path / "two", target_modules=["c_fc"], r=3)
+    ours = loaded(model, tmp_path / "one", trainable=True)
+    with pytest.warns(UserWarning, match="no fingerprint"):
+        lora_fx.load_adapter(ours, tmp_path / "two", adapter="two")
+    assert gap(output(ours, inputs), output(one, inputs)) < NEAR
+    lora_fx.set_adapter(ours, "two")
+    assert gap(output(ours, inputs), output(two, inputs)) < NEAR
+    lora_fx.set_adapter(ours, "default")
+    randomise(ours)
+    assert gap(output(ours, inputs), output(one, inputs)) > NEAR
+    with pytest.warns(UserWarning, match="no fingerprint"):
+        lora_fx.load_adapter(ours, tmp_path / "one", replace=True)
+    assert gap(output(ours, inputs), output(one, inputs)) < NEAR
+
+
+def test_a_half_precision_base(tmp_path):
+    model, inputs = MODELS["llama"]()
+    model = model.to(torch.bfloat16)
+    theirs = by_peft(model, tmp_path / "a", target_modules=["q_proj", "down_proj"], r=2)
+    ours = loaded(model, tmp_path / "a")
+    wide = loaded(MODELS["llama"]()[0], tmp_path / "a")
+    assert gap(output(ours, inputs).float(), output(theirs, inputs).float()) < 1e-2
+    lora_fx.save_adapter(ours, tmp_path / "b", format="peft")
+    # The adapter's own numbers are exact, whatever the base's precision.
+    again = loaded(MODELS["llama"]()[0], tmp_path / "b")
+    assert torch.equal(output(again, inputs), output(wide, inputs))
