@@ -4,6 +4,7 @@ VENV ?= .venv
 EXTRAS ?= gpu,test,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+ZOO_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -51,7 +52,9 @@ bench: $(STAMP)  ## time and memory, one test at a time
 	$(PY) -m pytest -q -s -m bench $(PYTEST_ARGS)
 
 zoo: export OMP_NUM_THREADS ?= 1
-zoo: $(STAMP)  ## every model of the zoo
+zoo: $(STAMP)  ## every model of the zoo (an hour or two; what is measured already is kept in artifacts/zoo)
+	$(PY) -W ignore -m tests.zoo.run --out artifacts/zoo/rows.jsonl --workers $(WORKERS) $(ZOO_ARGS)
+	$(PY) -W ignore -m tests.zoo.table artifacts/zoo/rows.jsonl > artifacts/zoo/RESULTS.md
 	$(PY) -m pytest -q -n $(WORKERS) -m 'zoo or zoo_full' $(PYTEST_ARGS)
 
 clean:  ## remove the environment, caches, builds and what the examples wrote

@@ -67,7 +67,35 @@ def build(name: str) -> Built:
     torch.manual_seed(0)
     library, _, rest = name.partition("/")
     model, inputs = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library](rest)
-    return model.eval(), inputs
+    return awake(model, inputs).eval(), inputs
+
+
+def awake(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+    """Let a fresh model's weights matter, as a trained one's do.
+
+    Normalisations take their running statistics from the inputs, so that a deep network's signal does not
+    vanish; and branches that start at nothing (a last normalisation or a layer scale of zero) are opened.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for parameter in model.parameters():
+        if parameter.dim() <= 3 and parameter.numel() > 1 and _is_scale(model, parameter):
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    if norms:
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(**inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model
+
+
+def _is_scale(model: nn.Module, parameter: nn.Parameter) -> bool:
+    name = next(n for n, p in model.named_parameters() if p is parameter)
+    known = name.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2", "lambda1")
+    return known and parameter.squeeze().dim() == 1 and float(parameter.abs().max()) < 1e-3
 
 
 def timm_names() -> list[str]:

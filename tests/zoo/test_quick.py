@@ -1,0 +1,81 @@
+"""Thirty models of the zoo that stand for the rest, on every test run; all of them by ``make zoo``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.zoo.measure import measure
+from tests.zoo.run import rows
+from tests.zoo.table import table
+
+# name: the least share of what full fine-tuning moves that must be adapted
+QUICK = {
+    "transformers/gpt2": 1.0,
+    "transformers/llama": 1.0,
+    "transformers/mixtral": 0.95,
+    "transformers/gpt_neox": 1.0,
+    "transformers/bloom": 1.0,
+    "transformers/phi3": 1.0,
+    "transformers/gemma2": 1.0,
+    "transformers/mamba": 0.9,
+    "transformers/rwkv": 0.9,
+    "transformers/bert": 1.0,
+    "transformers/roberta": 1.0,
+    "transformers/deberta-v2": 0.98,
+    "transformers/xlnet": 0.9,
+    "transformers/funnel": 0.9,
+    "transformers/longformer": 0.98,
+    "transformers/albert": 1.0,
+    "transformers/t5": 0.98,
+    "transformers/bart": 1.0,
+    "transformers/whisper": 0.95,
+    "transformers/wav2vec2": 0.95,
+    "transformers/clip": 0.95,
+    "transformers/vit": 0.95,
+    "transformers/swin": 0.95,
+    "transformers/segformer": 0.98,
+    "transformers/convnext": 0.98,
+    "transformers/blip": 0.95,
+    "transformers/yolos": 0.2,
+    "timm/test_vit": 0.95,
+    "timm/test_byobnet": 0.98,
+    "timm/test_efficientnet": 0.98,
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", QUICK)
+def test_model(name: str) -> None:
+    row = measure(name)
+    assert not row["failed"], json.dumps(row["failed"], indent=1)
+    assert row["holes"] == 0
+    assert row["share"] >= QUICK[name], row["shortfall"]
+    assert row["comparisons"] > 0
+
+
+def test_a_failed_row_is_red(tmp_path: Path) -> None:
+    good = {
+        "name": "timm/good",
+        "seconds": dict.fromkeys(
+            ("build", "forward", "trace", "inject", "fold", "step", "roundtrip", "verify"), 0.5
+        ),
+        "failed": {},
+        "share": 1.0,
+        "sites": 3,
+        "forms": {"branch": 3},
+    }
+    bad = {**good, "name": "timm/bad", "failed": {"fold": "AssertionError: injected and folded differ"}}
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, (good, bad, {**bad, "name": "timm/late"})))
+    )
+    text = table(rows(tmp_path / "rows.jsonl"))
+    assert "green up to fold, round trip and verify | 1 of 3" in text
+    assert text.count("**red**") == 2
+    assert "timm/late, fold: AssertionError" in text
+
+
+def test_an_unknown_model_fails_at_build() -> None:
+    assert "build" in measure("transformers/no such model")["failed"]
