@@ -128,9 +128,8 @@ def main() -> None:
 
     write = sys.stdout.write
     write("# peft and lora_fx on the same models\n\n")
-    write(
-        f"peft {peft.__version__}, asked for every module of a class that it wraps (tied heads too); lora_fx for everything. "
-    )
+    write(f"peft {peft.__version__}, asked for every module of a class that it wraps (tied heads too); ")
+    write("lora_fx for everything. ")
     write("`right`: with random adapters the adapted model computes what the merged one does, to 1e-4. In ")
     write("brackets: the share of the elements of parameters of two or more dimensions that are adapted.\n\n")
     write("| model | peft | lora_fx |\n|---|---|---|\n")
