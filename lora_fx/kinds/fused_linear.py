@@ -228,7 +228,8 @@ class FusedLinear(Function):
         keep = call.source is None and (needs[4] or needs[1])
         ctx.call, ctx.dtype = call, x.dtype
         ctx.save_for_backward(x if keep else None, h if True in needs[5:] else None, weight, a, *bs)
-        return y
+        # Of a view made in here, autograd refuses writes in place: hand out a tensor that is none.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102

@@ -111,3 +111,23 @@ def test_copies_are_independent(odd: tuple[nn.Module, torch.Tensor]) -> None:
         assert torch.equal(model(inputs), wanted)
     lora_fx.unload(other)
     assert torch.equal(model(inputs), wanted)
+
+
+class _WritesInPlace(nn.Module):
+    """Writes into what its layers return, as activations in place do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(256, 256, bias=False), nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y += 1
+        return self.second(y).mul_(2)
+
+
+def test_outputs_can_be_written_in_place() -> None:
+    inputs = torch.randn(2, 50, 256, generator=torch.Generator().manual_seed(3))
+    model = lora_fx.inject(_WritesInPlace(), EVERYTHING, inputs, seed=0)
+    lora_fx.verify(model, inputs).raise_for_failure()
+    model(inputs).sum().backward()
