@@ -41,5 +41,16 @@ def preserved(model: nn.Module) -> Generator[None]:
                     buffer.copy_(value)
 
 
+@contextmanager
+def attention_spelt_out() -> Generator[None]:
+    """Inside, attention's fast path is off: it is taken by what requires a gradient, and pads with zeros."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _has_values(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)

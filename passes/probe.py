@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
 from lora_fx.passes.fold import folded
-from lora_fx.passes.preserve import preserved
+from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
 
@@ -50,7 +50,12 @@ def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
     Raises:
         ProbeError: an adapter has another effect than its delta on the weight, or no gradient alone.
     """
-    with held_active(model, adapter), preserved(model), random_adapters(model, adapter):
+    with (
+        held_active(model, adapter),
+        preserved(model),
+        attention_spelt_out(),
+        random_adapters(model, adapter),
+    ):
         return _probe(model, adapter, run)
 
 

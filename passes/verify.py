@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.passes.fold import folded
-from lora_fx.passes.preserve import preserved
+from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.probe import float_leaves, held_active, random_adapters, uneven
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
@@ -48,7 +48,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     refuse_fully_sharded(model, "verify", "Verify before fully_shard, or on the unsharded model.")
     comparisons: list[Comparison] = []
     notes: list[str] = []
-    with held_active(model, name), preserved(model), random_adapters(model, name):
+    with held_active(model, name), preserved(model), attention_spelt_out(), random_adapters(model, name):
         for mode in _modes(model, notes):
             for case, values in _cases(inputs):
                 label = f"{'train' if mode else 'eval'}, {case}"
