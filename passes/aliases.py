@@ -16,12 +16,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 Make = Callable[[], fx.Node]
 
@@ -202,17 +204,29 @@ class Aliases:
         return self._emit(torch.as_strided, args, geometry, base.serial)
 
     def _read_wrapped(self, tensor: Tensor) -> fx.Node | None:
-        """Look through the wrapper that vmap and grad put around a tensor."""
+        """Look through the wrapper that vmap and grad put around a tensor.
+
+        A weight that vmap runs over is one of a stack: each run reads ``weight.select(axis, index)``.
+        """
         inner = unwrapped(tensor)
-        return None if inner is None else self.read(inner)
+        node = None if inner is None else self.read(inner)
+        if inner is None or node is None or not isinstance(self.held(inner), nn.Parameter):
+            return node
+        axis: int = _functorch.maybe_get_bdim(tensor)
+        base, geometry = self._known[inner].base, geometry_of(inner)
+        if axis < 0 or base is None or geometry is None:
+            return node
+        size, stride = list(geometry.size), list(geometry.stride)
+        del size[axis], stride[axis]
+        one = geometry._replace(size=tuple(size), stride=tuple(stride))
+        return self._emit(torch.select, (node, axis, 0), one, base.serial)
 
 
 def unwrapped(tensor: Tensor) -> Tensor | None:
     """Return the tensor inside a functorch wrapper, or None where there is no wrapper."""
-    functorch = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-    if not functorch.is_functorch_wrapped_tensor(tensor):
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
         return None
-    inner: Tensor = functorch.get_unwrapped(tensor)
+    inner: Tensor = _functorch.get_unwrapped(tensor)
     return inner
 
 

@@ -100,15 +100,13 @@ def descriptor_name(func: Any) -> str:
 
 
 def may_write(func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Say whether a call could write into its arguments; batch norm's buffers are kept elsewhere."""
-    if _in_place(op) or "out" in kwargs or kwargs.get("inplace"):
+    """Say whether a call could write into its arguments; batch norm's buffers are kept elsewhere.
+
+    The functions of ``torch.nn.functional`` hand on their options by keyword, whatever the caller did.
+    """
+    if _in_place(op) or "out" in kwargs or kwargs.get("inplace") or kwargs.get("max_norm") is not None:
         return True
-    if op in {"embedding", "embedding_bag"}:
-        return kwargs.get("max_norm") is not None or any(isinstance(a, float) for a in args)
-    if any(a is True for a in args):  # F.relu(x, True)
-        return True
-    schema = getattr(func, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    return hasattr(func, "_schema") and bool(schema_writes(func, args, kwargs))
 
 
 def schema_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -65,6 +65,8 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (given,), {}
     if _is_keywords(given):
         return (), dict(given)
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return (given,), {}  # a packed sequence, say: one argument
     if isinstance(given, tuple):
         if len(given) == 2 and isinstance(given[0], (tuple, list)) and _is_keywords(given[1]):
             return tuple(given[0]), dict(given[1])

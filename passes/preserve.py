@@ -53,4 +53,6 @@ def attention_spelt_out() -> Generator[None]:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+    # Sparse tensors cannot be compared, and no layer writes into one.
+    real = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+    return real and tensor.layout is torch.strided

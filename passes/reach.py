@@ -217,10 +217,14 @@ def _same_memory(user: fx.Node, state: _State) -> bool:
 
 
 def active_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Return the nodes that depend on a placeholder."""
+    """Return the nodes that depend on a placeholder, or on a value whose making was not seen."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+        if (
+            node.op == "placeholder"
+            or node.meta.get("unexplained")
+            or any(n in found for n in node.all_input_nodes)
+        ):
             found.add(node)
     return frozenset(found)
 
@@ -233,18 +237,22 @@ def live_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 def learning_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the nodes that an output passes a gradient back to.
 
-    Whole numbers and truth values (the indices of a top-k, a mask) pass none, and neither does
-    ``detach``: what reaches an output through these alone is live and cannot be trained.
+    Whole numbers and truth values (the indices of a top-k, a mask) pass none, and neither do
+    ``detach`` and ``data``: what reaches an output through these alone is live and cannot be trained.
     """
-    stopped = (n for n in graph.nodes if n.meta.get("floating") is False or n.meta.get("op") == "detach")
+    stopped = (
+        n for n in graph.nodes if n.meta.get("floating") is False or n.meta.get("op") in {"detach", "data"}
+    )
     return _behind_output(graph, frozenset(stopped))
 
 
 def _behind_output(graph: fx.Graph, stopped: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """Return what lies behind the output; all nodes where a value on the way was made out of sight."""
     output = next((n for n in graph.nodes if n.op == "output"), None)
     if output is None or not output.all_input_nodes:
         return frozenset(graph.nodes)
-    return ancestors(output, stopped)
+    found = ancestors(output, stopped)
+    return frozenset(graph.nodes) if any(n.meta.get("unexplained") for n in found) else found
 
 
 def ancestors(node: fx.Node, stopped: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:

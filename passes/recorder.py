@@ -235,6 +235,7 @@ class Recorder(TorchFunctionMode):
         make = self._reader(name, tensor)
         self._aliases.external(tensor, make)
         node = make()
+        node.meta["unexplained"] = known is None
         if tensor.numel() <= VALUE_LIMIT:
             node.meta["value"] = tensor.detach()
         return node

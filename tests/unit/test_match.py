@@ -434,6 +434,25 @@ def test_dead_uses_are_put_aside() -> None:
     assert site.unfit is None
 
 
+def test_no_claim_of_no_effect_where_the_dataflow_is_broken() -> None:
+    """A detour through numpy is not seen: what leads there may well have an effect."""
+    site = site_of((6, 4), lambda x, w: torch.from_numpy(linear(x, w).numpy() * 2))
+    assert site.unfit is None
+
+
+def test_a_stack_of_weights_under_vmap() -> None:
+    site = site_of((3, 5, 4), lambda x, w: torch.vmap(lambda one: linear(x, one))(w))
+    assert site.form == stacked_form((3, 5, 4))
+    site = site_of((5, 3, 4), lambda x, w: torch.vmap(lambda one: linear(x, one), in_dims=1)(w))
+    assert site.form == MatrixForm((5, 3, 4), (5, 3, 4), (0,), (2,), (1,))
+
+
+def test_functional_call_with_a_computed_weight() -> None:
+    layer = nn.Linear(4, 4)
+    site = site_of((4, 4), lambda x, w: torch.func.functional_call(layer, {"weight": w * 2}, (x,)))
+    assert [use.why.partition(": ")[2] for use in site.uses] == ["the weight is computed by mul"]
+
+
 def test_embedding_with_max_norm_is_unfit() -> None:
     (site,) = match(trace(nn.Embedding(9, 4, max_norm=1.0), torch.tensor([1])))
     assert "max_norm" in str(site.unfit)

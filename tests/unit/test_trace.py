@@ -585,6 +585,21 @@ def test_compiled_models_are_recorded_as_they_are_written() -> None:
     assert_replays(traced)
 
 
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 4), [3, 2], batch_first=True)
+    traced = trace(nn.GRU(4, 6, batch_first=True), packed)
+    assert "gru" in ops(traced)
+    assert next(n.target for n in traced.graph.nodes if n.op == "placeholder") == "input_0"
+
+
+def test_sparse_buffers() -> None:
+    model = Wrapped(lambda m, x: torch.sparse.mm(m.adjacency, m.a(x)))
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    traced = trace(model, torch.randn(3, 4))
+    assert ops(traced) == ["linear", "sparse_mm"]
+    assert_replays(traced)
+
+
 class Slotted:
     __slots__ = ("inner", "unset")
 
