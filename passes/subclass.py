@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.errors import WrappedModelError
+from lora_fx.errors import WeightWriteError, WrappedModelError
 from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes.guard import guarded
@@ -166,6 +166,7 @@ def _subclass(
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce_ex,
             "register_parameter": _register_parameter,
+            "__delattr__": _delattr(base),
         }
         for name in names:
             body[name] = property(_weight_getter(name))
@@ -241,6 +242,26 @@ def _setattr(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
             attach(self)
 
     return set_attribute
+
+
+def _delattr(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        """Delete an attribute; an adapted weight stays, as weight_norm and its like would lose its adapter.
+
+        Raises:
+            WeightWriteError: the attribute is an adapted weight.
+        """
+        held = binding(self)
+        if held is not None and name in held.sites:
+            raise WeightWriteError(
+                f"{name!r} of {base.__name__}",
+                expected="an adapted weight to stay in its module",
+                got="its deletion, as a parametrization added after the adapters begins with",
+                advice="Call lora_fx.unload first, or add the parametrization before the adapters.",
+            )
+        base.__delattr__(self, name)
+
+    return delete_attribute
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

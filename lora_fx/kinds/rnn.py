@@ -90,8 +90,8 @@ class RecurrentKind(Kind):
             return {}
         return {
             _FLAT_WEIGHTS: property(_flat_weights, _set_flat_weights),
-            "_init_flat_weights": _init_flat_weights,
-            "_update_flat_weights": _nothing,
+            "_init_flat_weights": _refer_to_base,
+            "_update_flat_weights": _refer_to_base,
             "flatten_parameters": _nothing,
         }
 
@@ -127,15 +127,23 @@ def _flat_weights(self: nn.RNNBase) -> list[Any]:
 
 def _set_flat_weights(self: nn.RNNBase, weights: list[Any]) -> None:
     """Keep the list for the module's own class, to which it returns when it is folded or unloaded."""
-    self.__dict__[_FLAT_WEIGHTS] = weights
+    vars(self)[_FLAT_WEIGHTS] = weights
 
 
-def _init_flat_weights(self: nn.RNNBase) -> None:
-    """Refer to the base weights again, as ``nn.RNNBase`` does after ``to`` and the like."""
+def _refer_to_base(self: nn.RNNBase) -> None:
+    """Let that kept list name the base weights, and no effective one that a fold left there.
+
+    A weight that is computed (by a parametrization) stays what it was: the own class computes it anew.
+    """
     own: Mapping[str, Tensor | None] = vars(self)["_parameters"]
-    weights = [own[n] if n in own else getattr(self, n, None) for n in _flat_names(self)]
-    self.__dict__[_FLAT_WEIGHTS] = weights
-    self.__dict__["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
+    names, kept = _flat_names(self), vars(self)[_FLAT_WEIGHTS]
+    weights = [own.get(name, _detached(old)) for name, old in zip(names, kept, strict=True)]
+    vars(self)[_FLAT_WEIGHTS] = weights
+    vars(self)["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
+
+
+def _detached(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach()
 
 
 def _nothing(self: nn.RNNBase) -> None:

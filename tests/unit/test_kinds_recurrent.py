@@ -102,6 +102,8 @@ def test_the_module_goes_through_life_as_a_plain_one() -> None:
     plain = copy.deepcopy(model)
     adapt(model)
     wanted = run(model, x)
+    with folded(model):
+        run(model, x)
     copied = copy.deepcopy(model)
     pickled = pickle.loads(pickle.dumps(model))
     for other in (copied, pickled):

@@ -1,0 +1,162 @@
+"""Weights that a module computes from what it stores: the stored parameter gets the adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import lora_fx
+from tests.by_hand import check, distance, randomise, run
+
+EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
+X, IMAGE, SEQUENCE = torch.randn(2, 3, 6), torch.randn(2, 3, 7, 7), torch.randn(2, 4, 7)
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).mT
+
+
+def symmetric(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+Case = tuple[Callable[[], nn.Module], Tensor, str, str]
+CASES: dict[str, Case] = {
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 8)), X, "original1", "linear"),
+    "weight_norm, axis 1": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3), dim=1),
+        IMAGE,
+        "original1",
+        "conv",
+    ),
+    "weight_norm, whole": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3), dim=None),
+        IMAGE,
+        "original1",
+        "conv",
+    ),
+    "weight_norm, transposed": (
+        lambda: parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 3)),
+        SEQUENCE,
+        "original1",
+        "conv_transpose",
+    ),
+    "weight_norm, recurrent": (
+        lambda: parametrizations.weight_norm(nn.LSTM(6, 5), "weight_hh_l0"),
+        X,
+        "original1",
+        "recurrent",
+    ),
+    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 8)), X, "original", "linear"),
+    "spectral_norm, conv": (
+        lambda: parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+        IMAGE,
+        "original",
+        "conv",
+    ),
+    "spectral_norm, embedding": (
+        lambda: parametrizations.spectral_norm(nn.Embedding(9, 6)),
+        torch.arange(8).reshape(2, 4),
+        "original",
+        "embedding",
+    ),
+    "of one's own": (lambda: symmetric(nn.Linear(6, 6)), X, "original", "linear"),
+    "old weight_norm": (lambda: utils.weight_norm(nn.Linear(6, 8)), X, "weight_v", "linear"),
+    "old weight_norm, conv": (lambda: utils.weight_norm(nn.Conv2d(3, 4, 3)), IMAGE, "weight_v", "conv"),
+    "old spectral_norm": (lambda: utils.spectral_norm(nn.Linear(6, 8)), X, "weight_orig", "linear"),
+    "old spectral_norm, conv": (
+        lambda: utils.spectral_norm(nn.Conv2d(3, 4, 3)),
+        IMAGE,
+        "weight_orig",
+        "conv",
+    ),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(6, 8), "weight", 0.4), X, "weight_orig", "linear"),
+    "pruned, recurrent": (
+        lambda: prune.random_unstructured(nn.LSTM(6, 5), "weight_hh_l0", 0.3),
+        X,
+        "weight_hh_l0_orig",
+        "recurrent",
+    ),
+}
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, str, str]:
+    torch.manual_seed(0)
+    make, x, stored, kind = CASES[request.param]
+    with pytest.warns(FutureWarning) if "old weight_norm" in request.param else torch.no_grad():
+        model = make()
+    return model.double(), x.double() if x.is_floating_point() else x, stored, kind
+
+
+def test_invariant(case: tuple[nn.Module, Tensor, str, str]) -> None:
+    model, x, stored, kind = case
+    base = run(model, x)
+    plan = lora_fx.plan(model, EVERYTHING, x)
+    sites = {d.site.attribute: d.site for d in plan.adapted}
+    assert sites[stored].kind == kind
+    lora_fx.inject(model, plan, x, seed=0)
+    randomise(model)
+    assert distance(run(model, x), base) > 1e-3
+    check(model, x)
+
+
+def test_folding_changes_what_is_stored_and_nothing_else(case: tuple[nn.Module, Tensor, str, str]) -> None:
+    model, x, stored, _ = case
+    model.eval()
+    lora_fx.inject(model, EVERYTHING, x, seed=0)
+    before = copy.deepcopy(model.state_dict())
+    randomise(model)
+    wanted = run(model, x)
+    names = {d.name for d in lora_fx.audit(model).rows if d.action == "adapt"}
+    assert any(name.endswith(stored) for name in names)
+    lora_fx.fold(model)
+    after = model.state_dict()
+    assert {k for k in after if not torch.equal(after[k], before[k])} == names
+    assert distance(run(model, x), wanted) < 1e-12
+
+
+def test_the_reason_names_what_computes_the_weight() -> None:
+    plan = lora_fx.plan(parametrizations.spectral_norm(nn.Linear(6, 8)), EVERYTHING, X)
+    (decision,) = plan.adapted
+    assert decision.form == "weight"
+    assert "the weight is computed by" in decision.form_reason
+
+
+def test_a_mask_stays_over_the_delta() -> None:
+    """The rule is about the stored weight: what is pruned away stays away."""
+    layer = prune.l1_unstructured(nn.Linear(6, 8), "weight", 0.4)
+    lora_fx.inject(layer, EVERYTHING, X, seed=0)
+    randomise(layer)
+    layer(X)
+    assert not layer.weight[layer.weight_mask == 0].any()
+    assert (layer.weight_orig - layer._parameters["weight_orig"])[layer.weight_mask == 0].any()
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda m: prune.l1_unstructured(m, "weight", 0.4),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        utils.spectral_norm,
+    ],
+    ids=["prune", "weight_norm", "spectral_norm", "old spectral_norm"],
+)
+def test_computing_an_adapted_weight_anew_is_refused(later: Callable[[nn.Module], nn.Module]) -> None:
+    """Applied after inject, they would take W for the base weight, and adapt it twice."""
+    layer = nn.Linear(6, 8)
+    lora_fx.inject(layer, EVERYTHING, X, seed=0)
+    randomise(layer)
+    wanted = layer(X)
+    with pytest.raises((lora_fx.WeightWriteError, TypeError)):
+        later(layer)
+    assert distance(layer(X), wanted) == 0
