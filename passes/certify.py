@@ -31,7 +31,7 @@ from lora_fx.passes.onnx_feeds import random_feeds
 from lora_fx.passes.onnx_files import file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data, read_map
-from lora_fx.passes.onnx_runtime import Opened, open_optimised
+from lora_fx.passes.onnx_runtime import Opened, Refused, open_pair
 from lora_fx.passes.onnx_subject import Weights
 from lora_fx.passes.onnx_tensors import same_tensor
 from lora_fx.providers import Providers, Runtime, choose
@@ -81,14 +81,11 @@ def examine(
     pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
     mapping = read_map(base) if file is None else base_map(base, file)
     checks += [*_value_checks(base, pairs, mapping, weights, notes), *data]
-    opened: list[Opened] = []
-    for name, path in (("base", base_path), ("folded", folded_path)):
-        try:
-            opened.append(open_optimised(path, runtime))
-        except Exception as error:  # noqa: BLE001 - a file that the runtime refuses is a finding
-            checks.append(Check("runtime-structure", ok=False, detail=str(error), place=f"the {name} file"))
-            return Evidence(tuple(checks), tuple(notes), None, None, runtime)
-    first, second = opened
+    try:
+        first, second = open_pair(base_path, folded_path, runtime, notes)
+    except Refused as error:
+        checks.append(Check("runtime-structure", ok=False, detail=str(error), place=error.place))
+        return Evidence(tuple(checks), tuple(notes), None, None, runtime)
     checks.append(structure_check("runtime-structure", first.graph, second.graph, sharing=False))
     return Evidence(tuple(checks), tuple(notes), first, second, runtime)
 

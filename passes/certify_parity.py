@@ -64,8 +64,7 @@ def parity_check(
     references = _references(subject, cases, notes)
     injected = _outputs(subject.injected, cases, None)
     for case, (base, folded), native in zip(cases, references, injected, strict=True):
-        fed = case.inputs if precision is None else _cast(case.inputs, precision)
-        feeds = feeds_for(folded_session, fed)
+        feeds = feeds_for(folded_session, case.inputs)
         try:
             ours, theirs = run(base_session, feeds), run(folded_session, feeds)
         except RuntimeFault as error:

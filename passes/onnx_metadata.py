@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from lora_fx.errors import AdapterValueError
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_files import DataFile, file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
@@ -59,6 +60,23 @@ def lossy_notes(extents: Mapping[str, Extent], *, least: float = 0.9) -> list[st
         for name, extent in extents.items()
         if extent.retained < least
     ]
+
+
+def refuse_lost(extents: Mapping[str, Extent], *, least: float) -> None:
+    """Refuse a precision that keeps less than ``least`` of a change.
+
+    Raises:
+        AdapterValueError: it does so for some weight.
+    """
+    lost = sorted((e.retained, name) for name, e in extents.items() if e.retained < least)
+    if lost:
+        retained, name = lost[0]
+        raise AdapterValueError(
+            name,
+            expected=f"at least {least:.0%} of the change to survive the precision of the file",
+            got=f"{retained:.0%}, and too little of {len(lost)} weights in all",
+            advice="Export in float32 or float16, or pass min_retained=0 to accept the loss.",
+        )
 
 
 def write_base(model: ir.Model, mapping: ParameterMap, data: DataFile | None) -> None:

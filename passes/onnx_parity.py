@@ -18,6 +18,13 @@ from lora_fx.passes.onnx_tensors import ort_value
 
 Outputs = Sequence[Tensor]
 
+_FLOATS = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64,
+}
+
 
 class RuntimeFault(Exception):  # noqa: N818 - caught by the check that it becomes
     """The runtime refused to run a file on given inputs."""
@@ -32,6 +39,8 @@ def torch_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def feeds_for(session: Any, inputs: Inputs) -> dict[str, Any]:
     """Return a session's feeds, as the runtime's own values, from torch inputs in the same order.
 
+    Floats are cast to what the graph declares.
+
     Raises:
         ExportError: the graph takes another number of inputs than the model does.
     """
@@ -44,7 +53,11 @@ def feeds_for(session: Any, inputs: Inputs) -> dict[str, Any]:
             got=f"{len(declared)} inputs: {', '.join(item.name for item in declared)}",
             advice="An input was removed as unused, or is no tensor: leave it out of the example inputs.",
         )
-    return {item.name: ort_value(tensor) for item, tensor in zip(declared, given, strict=True)}
+    return {item.name: ort_value(_as_declared(t, item.type)) for item, t in zip(declared, given, strict=True)}
+
+
+def _as_declared(tensor: Tensor, declared: str) -> Tensor:
+    return tensor.to(_FLOATS[declared]) if tensor.is_floating_point() and declared in _FLOATS else tensor
 
 
 def run(session: Any, feeds: Mapping[str, Any]) -> list[Tensor]:

@@ -21,6 +21,9 @@ from lora_fx.errors import ExportError
 from lora_fx.passes.onnx_canonical import all_nodes
 from lora_fx.passes.onnx_inputs import Axes, batch_size, dynamic_shapes_of, varying, with_batch, with_length
 from lora_fx.passes.onnx_subject import Inputs
+from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
+
+_SAME_TYPES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 DynamicShapes = dict[str, Any] | tuple[Any, ...] | list[Any]
 
@@ -44,17 +47,29 @@ class Program:
         model = self.model.clone()
         for name, value in (values or {}).items():
             initializer = model.graph.initializers[name]
-            initializer.const_value = torch_tensor(value, name)
+            initializer.const_value = from_torch(value, name)
         with quiet():
             optimize_ir(model)
+        _mend_types(model)
         return model
 
 
-def torch_tensor(value: Tensor, name: str) -> ir.TensorProtocol:
-    """Return a torch tensor as ONNX sees it, without a copy where there need be none."""
-    from onnx_ir import tensor_adapters
+def _mend_types(model: ir.Model) -> None:
+    """Cast fused weights back to the dtype of what they are multiplied with.
 
-    return tensor_adapters.TorchTensor(value.detach().cpu().contiguous(), name=name)
+    Fusing a bfloat16 convolution with its normalisation leaves float32 weights, which no runtime takes.
+    """
+    for node in all_nodes(model.graph):
+        first = node.inputs[0] if node.op_type in _SAME_TYPES and node.inputs else None
+        if first is None or first.dtype is None:
+            continue
+        for value in node.inputs[1:]:
+            tensor = None if value is None or not value.is_initializer() else value.const_value
+            if value is None or not can_hold_weights(tensor) or tensor is None or tensor.dtype == first.dtype:
+                continue
+            cast = as_torch(tensor).to(TORCH[first.dtype])
+            value.const_value = from_torch(cast, value.name or "")
+            value.dtype = first.dtype
 
 
 def program(

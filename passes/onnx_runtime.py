@@ -10,7 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_fx.passes import onnx_session
+from lora_fx.errors import ProviderError
+from lora_fx.passes import onnx_files, onnx_session
+from lora_fx.passes.onnx_widen import holds_bfloat16, widen
 from lora_fx.providers import Runtime
 
 _WEIGHTS = "weights"
@@ -23,6 +25,52 @@ class Opened:
 
     session: Any
     graph: ir.Model
+
+
+def open_pair(base: Path, folded: Path, runtime: Runtime, notes: list[str]) -> tuple[Opened, Opened]:
+    """Open a base and a folded file, both in the same way.
+
+    Where the provider has no kernels for the bfloat16 of both, float32 twins of them are opened, and a
+    note says so.
+
+    Raises:
+        Refused: the runtime refuses one of them.
+    """
+    try:
+        return _open("base", base, runtime), _open("folded", folded, runtime)
+    except Refused as error:
+        models = onnx_files.load(base), onnx_files.load(folded)
+        # A graph that is invalid stays so; only kernels may be missing.
+        missing = "NOT_IMPLEMENTED" in str(error) and error.place == "the base file"
+        if not missing or not all(holds_bfloat16(model) for model in models):
+            raise
+        notes.append(
+            f"{runtime.first} has no kernels for this graph; float32 twins ran in its place ({error})"
+        )
+        with tempfile.TemporaryDirectory(prefix="lora_fx-") as folder:
+            twins: list[Opened] = []
+            for name, model in zip(("base", "folded"), models, strict=True):
+                widen(model)
+                onnx_files.save(model, Path(folder) / f"{name}.onnx")
+                twins.append(_open(name, Path(folder) / f"{name}.onnx", runtime))
+            return twins[0], twins[1]
+
+
+class Refused(Exception):  # noqa: N818 - caught by the check that it becomes
+    """The runtime refuses to open a file."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+def _open(name: str, path: Path, runtime: Runtime) -> Opened:
+    try:
+        return open_optimised(path, runtime)
+    except ProviderError:
+        raise
+    except Exception as error:  # onnxruntime's classes differ from version to version
+        raise Refused(f"the {name} file", str(error).strip().splitlines()[0]) from error
 
 
 def open_optimised(path: Path, runtime: Runtime, *, threads: int | None = None) -> Opened:

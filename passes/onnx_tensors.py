@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_fx.errors import ExportError
 from lora_fx.providers import onnxruntime
 
-_TORCH: Mapping[ir.DataType, torch.dtype] = {
+TORCH: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
     ir.DataType.FLOAT16: torch.float16,
@@ -28,17 +28,16 @@ _TORCH: Mapping[ir.DataType, torch.dtype] = {
 }
 CHUNK = 4 << 20
 _START = 256
-FROM_TORCH: Mapping[torch.dtype, ir.DataType] = {dtype: onnx for onnx, dtype in _TORCH.items()}
 
 
 def can_hold_weights(tensor: ir.TensorProtocol | None) -> bool:
     """Whether a tensor's dtype is one that parameters have."""
-    return tensor is not None and tensor.dtype in _TORCH
+    return tensor is not None and tensor.dtype in TORCH
 
 
 def as_torch(tensor: ir.TensorProtocol) -> Tensor:
     """Return a float tensor of a model as a torch tensor; it may share memory, so do not write to it."""
-    dtype = _TORCH[tensor.dtype]
+    dtype = TORCH[tensor.dtype]
     shape = shape_of(tensor)
     if not tensor.nbytes:
         return torch.empty(shape, dtype=dtype)
@@ -151,7 +150,7 @@ def ort_value(tensor: Tensor) -> Any:
 
 def dtype_name(tensor: ir.TensorProtocol) -> str:
     """Return torch's name for a tensor's dtype, as ``"float32"``."""
-    return str(_TORCH[tensor.dtype]).removeprefix("torch.")
+    return str(TORCH[tensor.dtype]).removeprefix("torch.")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

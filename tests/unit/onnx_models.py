@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from lora_fx.certificates import Certificate
 from lora_fx.passes.changes import Change
 from lora_fx.passes.export_onnx import export_subject
+from lora_fx.passes.onnx_export_job import ExportOptions
 from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_state import with_values
 from lora_fx.passes.onnx_subject import Subject
@@ -110,16 +112,17 @@ def subject(model: nn.Module, names: Sequence[str], *, size: float = 0.05, seed:
     return Subject(base, folded, folded, changes, '{"plan": "of the test"}')
 
 
+def export(given: Subject, model: nn.Module, inputs: object, path: Path, **options: Any) -> Certificate:
+    """Export a subject; options are those of ``export_onnx``."""
+    base, least = options.pop("base", None), options.pop("min_retained", 0.25)
+    return export_subject(
+        given, path, split_inputs(model, inputs), ExportOptions(**options), base=base, min_retained=least
+    )
+
+
 def export_pair(
-    model: nn.Module, names: Sequence[str], inputs: object, folder: Path, **options: object
+    model: nn.Module, names: Sequence[str], inputs: object, folder: Path, **options: Any
 ) -> tuple[Path, Path, Certificate]:
     """Export ``base.onnx`` and ``folded.onnx``, and return the certificate of the second."""
     base, folded = folder / "base.onnx", folder / "folded.onnx"
-    certificate = export_subject(
-        subject(model, names),
-        folded,
-        split_inputs(model, inputs),
-        base=base,
-        **options,  # type: ignore[arg-type]
-    )
-    return base, folded, certificate
+    return base, folded, export(subject(model, names), model, inputs, folded, base=base, **options)

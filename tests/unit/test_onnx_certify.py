@@ -17,12 +17,11 @@ from lora_fx.errors import CertificateError
 from lora_fx.passes import certify_parity, onnx_files
 from lora_fx.passes.certify import certify
 from lora_fx.passes.certify_values import ulps
-from lora_fx.passes.export_onnx import export_onnx, export_subject
+from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
-from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_parity import distance
 from tests.unit.onnx_adapters import adapter, subject_with
-from tests.unit.onnx_models import Mixed, made
+from tests.unit.onnx_models import Mixed, export, made
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 Tamper = Callable[[ir.Model], None]
@@ -240,7 +239,7 @@ def test_export_catches_a_runtime_that_computes_something_else(
     subject = subject_with(model, files[2])
     wrong = replace(subject, injected=subject.base_state)
     with pytest.raises(CertificateError, match="injected model"):
-        export_subject(wrong, tmp_path / "task.onnx", split_inputs(model, IMAGE), base=files[0])
+        export(wrong, model, IMAGE, tmp_path / "task.onnx", base=files[0])
     run, calls = certify_parity.run, itertools.count()
 
     def off_for_the_folded_file(*args: object) -> list[torch.Tensor]:
@@ -248,7 +247,7 @@ def test_export_catches_a_runtime_that_computes_something_else(
 
     monkeypatch.setattr(certify_parity, "run", off_for_the_folded_file)
     with pytest.raises(CertificateError, match="against the folded model"):
-        export_subject(subject, tmp_path / "task.onnx", split_inputs(model, IMAGE), base=files[0])
+        export(subject, model, IMAGE, tmp_path / "task.onnx", base=files[0])
     assert not list(tmp_path.iterdir())
 
 

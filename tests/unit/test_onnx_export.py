@@ -13,12 +13,11 @@ from torch import nn
 
 from lora_fx.certificates import Certificate
 from lora_fx.errors import BaseMismatchError, CertificateError, ExportError
-from lora_fx.passes.export_onnx import export_onnx, export_subject
+from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_files import load
-from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_metadata import CHANGES_KEY, PLAN_KEY, read_map
-from tests.unit.onnx_models import Mixed, Recurrent, Tied, export_pair, made, subject
+from tests.unit.onnx_models import Mixed, Recurrent, Tied, export, export_pair, made, subject
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.arange(14).reshape(2, 7)
@@ -119,7 +118,7 @@ def test_folded_equals_a_full_export_of_the_folded_model(build, names, inputs, t
 
 def test_without_a_base_path_no_base_is_kept(tmp_path: Path) -> None:
     model = made(Tied)
-    certificate = export_subject(subject(model, ["up.weight"]), tmp_path / "t.onnx", split_inputs(model, IDS))
+    certificate = export(subject(model, ["up.weight"]), model, IDS, tmp_path / "t.onnx")
     assert certificate.ok
     assert [path.name for path in tmp_path.iterdir()] == ["t.onnx"]
 
@@ -136,12 +135,7 @@ def test_another_models_base_is_refused(tmp_path: Path) -> None:
     export_onnx(made(Tied, seed=0), tmp_path / "base.onnx", IDS)
     other = made(Tied, seed=1)
     with pytest.raises(BaseMismatchError, match=r"up\.weight"):
-        export_subject(
-            subject(other, ["up.weight"]),
-            tmp_path / "t.onnx",
-            split_inputs(other, IDS),
-            base=tmp_path / "base.onnx",
-        )
+        export(subject(other, ["up.weight"]), other, IDS, tmp_path / "t.onnx", base=tmp_path / "base.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["base.onnx"]
 
 
@@ -150,7 +144,7 @@ def test_an_adapter_without_effect_fails_and_leaves_the_old_file(tmp_path: Path)
     export_onnx(model, tmp_path / "t.onnx", IDS)
     before = (tmp_path / "t.onnx").read_bytes()
     with pytest.raises(CertificateError, match="changes no weight"):
-        export_subject(subject(model, ["up.weight"], size=0.0), tmp_path / "t.onnx", split_inputs(model, IDS))
+        export(subject(model, ["up.weight"], size=0.0), model, IDS, tmp_path / "t.onnx")
     assert (tmp_path / "t.onnx").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["t.onnx"]
 

@@ -14,14 +14,13 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import BaseMismatchError, ExportError
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import certify
-from lora_fx.passes.export_onnx import export_onnx, export_subject
+from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
 from lora_fx.passes.onnx_diff import compare
-from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY
 from lora_fx.plans import Plan
 from tests.unit.onnx_adapters import adapter, subject_with
-from tests.unit.onnx_models import Mixed, Tied, made
+from tests.unit.onnx_models import Mixed, Tied, export, made
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.arange(14).reshape(2, 7)
@@ -140,7 +139,7 @@ def test_tied_weight_changes_in_both_places(tmp_path: Path) -> None:
     file = adapter(model, ("emb.weight", "up.weight"))
     export_onnx(model, tmp_path / "base.onnx", IDS)
     fold_onnx(tmp_path / "base.onnx", file, tmp_path / "task.onnx")
-    export_subject(subject_with(model, file), tmp_path / "full.onnx", split_inputs(model, IDS))
+    export(subject_with(model, file), model, IDS, tmp_path / "full.onnx")
     same_weights(tmp_path / "task.onnx", tmp_path / "full.onnx")
 
 
