@@ -62,6 +62,10 @@ SHUFFLES = frozenset(
 """Operations that may keep the shape and yet move the elements."""
 
 
+JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "block_diag"})
+"""Operations that put several weights into one, which is then read as each one's rows by axis 0."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One call that has a view of a parameter, or a weight computed from it, in a weight's place."""
@@ -173,6 +177,8 @@ def _follow_copy(
             return None
         layout = None if state.layout is None else state.layout.reshaped(size)
         return _copied(user, layout, state.computed)
+    if user.meta["op"] in JOINS and not writes:
+        return _copied(user, None, user.meta["op"])
     if tuple(size) == tuple(state.node.meta["shape"]):
         layout = None if user.meta["op"] in SHUFFLES else state.layout
         return _copied(user, layout, user.meta["op"])

@@ -106,6 +106,19 @@ class MultiHead(nn.Module):
         return self.out(x + self.attention(x, x, x, need_weights=False)[0])
 
 
+class Joined(nn.Module):
+    """Bare parameters are put together before they are multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top, self.bottom = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(2, 5))
+        self.left, self.right = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(F.linear(x, torch.cat([self.top, self.bottom])))
+        return F.linear(x, torch.cat([self.left, self.right], dim=1))
+
+
 def hooked() -> nn.Module:
     """A model whose instance has a forward of its own, as accelerate's hooks make it."""
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -135,5 +148,6 @@ ODD_MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "convs": (Convs, lambda: _vectors(2, 3, 9, 9)),
     "fused": (Fused, lambda: _vectors(2, 5, 16)),
     "multi-head": (MultiHead, lambda: _vectors(2, 5, 8)),
+    "joined": (Joined, lambda: _vectors(3, 5)),
     "hooked": (hooked, lambda: _vectors(3, 5)),
 }
