@@ -83,7 +83,7 @@ class AdapterCheckpoints:
         return any(is_sharded(p) for p in self._injected().parameters())
 
 
-class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
+class AdapterTrainer(AdapterCheckpoints, Trainer):
     """``transformers.Trainer`` with checkpoints of the adapters alone.
 
     Raises:

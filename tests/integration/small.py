@@ -70,11 +70,16 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, inner: nn.Module | None = None, steps: int = 3, rank: int = 0, of: int = 1
+    model: nn.Module,
+    inner: nn.Module | None = None,
+    steps: int = 3,
+    first: int = 0,
+    rank: int = 0,
+    of: int = 1,
 ) -> None:
     """Train some steps on this process's share of every batch; ``inner`` is the injected module."""
     optimizer = torch.optim.AdamW(lora_fx.parameters(inner or model), lr=1e-2)
-    for step in range(steps):
+    for step in range(first, first + steps):
         loss(model, batch(step).chunk(of)[rank]).backward()
         optimizer.step()
         optimizer.zero_grad()

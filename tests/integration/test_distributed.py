@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,17 @@ def test_fsdp2_in_mixed_precision_checkpoints_and_meta(tmp_path: Path) -> None:
 
 def test_tensor_parallelism_is_refused_on_either_side_of_inject(tmp_path: Path) -> None:
     in_two_processes(tmp_path, (work.wrappers, ()), (work.tensor_parallel, ()))
+
+
+def test_torchrun_runs_the_example(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "sharded.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("folded on one process, against sharded:")
+    assert float(last.split()[-1]) < work.ROUNDING
 
 
 def _one_machine_reads_them(folder: Path) -> None:

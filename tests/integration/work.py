@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_fx
 from lora_fx.checkpoints import adapter_state, load_adapter_state, materialise, reset_adapter
 from lora_fx.errors import LoraFxError, WrappedModelError
-from tests.integration.small import Net, adapted, base, batch, gap, rules, train
+from tests.integration.small import Net, adapted, base, batch, gap, loss, rules, train
 
 ROUNDING = 1e-5
 
@@ -41,6 +41,14 @@ def ddp(rank: int, folder: Path, tied: bool, odd: bool, options: dict) -> None:
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     train(wrapped, model, rank=rank, of=2)
     alone = reference(tied=tied, odd=odd, **options)
+    assert gap(model, alone) < ROUNDING
+    optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=1e-2)
+    first, second = batch(3).chunk(2)[rank].chunk(2)
+    with wrapped.no_sync():
+        (loss(wrapped, first) / 2).backward()
+    (loss(wrapped, second) / 2).backward()
+    optimizer.step()
+    train(alone, steps=1, first=3)
     assert gap(model, alone) < ROUNDING
     with pytest.raises(WrappedModelError, match="Inject first"):
         lora_fx.inject(wrapped, rules(), batch(0), adapter="late")
