@@ -29,6 +29,10 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, to
 """Largest allowed |injected - folded| / |folded| by norm, by the dtype of the output."""
 
 
+_ROUNDING = 256.0
+"""Gradients below so many times the rounding of the largest one are rounding themselves."""
+
+
 @dataclass(frozen=True)
 class _Run:
     """What one run gave: its float outputs, and the gradient of each weight's adapter."""
@@ -114,13 +118,16 @@ def _compare(
     found = _injected_run(model, adapter, inputs)
     comparisons = [_outputs(found.outputs, wanted.outputs, case)]
     weights = dict(_effective_weights(model, adapter))
+    pairs: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
     for name, (weight, parameters) in weights.items():
         slope = wanted.gradients.get(name)
         if slope is None:
             continue
         expected = torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
         got = [found.gradients.get(f"{name}/{i}") for i in range(len(parameters))]
-        comparisons.append(_gradients(name, got, list(expected), case))
+        pairs[name] = got, list(expected)
+    largest = max((_size(wanted) for _, wanted in pairs.values()), default=0.0)
+    comparisons += [_gradients(name, *pair, case, largest) for name, pair in pairs.items()]
     return comparisons, None
 
 
@@ -193,17 +200,30 @@ def _outputs(found: list[Tensor], wanted: list[Tensor], case: str) -> Comparison
     return worst
 
 
-def _gradients(name: str, found: list[Tensor | None], wanted: list[Tensor | None], case: str) -> Comparison:
-    """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may."""
+def _gradients(
+    name: str, found: list[Tensor | None], wanted: list[Tensor | None], case: str, largest: float
+) -> Comparison:
+    """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may.
+
+    Where both are nothing but rounding beside the largest gradient of the model (a weight before a
+    normalisation of single numbers), their difference is taken against that one.
+    """
     pairs = [(g, w) for g, w in zip(found, wanted, strict=True) if g is not None or w is not None]
     dtype = next((t.dtype for pair in pairs for t in pair if t is not None), torch.float32)
     left = [torch.zeros_like(w) if g is None and w is not None else g for g, w in pairs]
     right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
     got = torch.cat([t.flatten() for t in left if t is not None])
     expected = torch.cat([t.flatten() for t in right if t is not None])
-    return Comparison(
-        case, name, relative(got, expected), 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    )
+    tolerance = 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    rounding = _ROUNDING * torch.finfo(dtype).eps * largest
+    if max(_size([got]), _size([expected])) <= rounding:
+        return Comparison(case, name, _size([got - expected]) / largest if largest else 0.0, tolerance)
+    return Comparison(case, name, relative(got, expected), tolerance)
+
+
+def _size(tensors: list[Tensor | None]) -> float:
+    """Return the norm of tensors as one vector."""
+    return float(sum(float(t.double().norm()) ** 2 for t in tensors if t is not None) ** 0.5)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
