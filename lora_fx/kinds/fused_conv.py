@@ -144,15 +144,15 @@ def _thin_gradients(
     da = db = None
     if need_a:
         back = _conv(g, b.t().reshape(rank, -1, *(1,) * dims), None, points)
-        da = _grads(back, x, kernel, call.how, which=1).reshape(rank, -1).mul_(call.scale)
+        da = _grads(back, x, kernel, call.how, which=1).reshape(a.shape)
     if need_b:
         hidden = _conv(x, kernel, None, call.how)
-        db = (
-            _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, which=1)
-            .reshape(-1, rank)
-            .mul_(call.scale)
-        )
-    return da, db
+        db = _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, which=1).reshape(b.shape)
+    return _scaled(da, call.scale), _scaled(db, call.scale)
+
+
+def _scaled(small: Tensor | None, scale: float) -> Tensor | None:
+    return small if small is None or scale == 1.0 else small.mul_(scale)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

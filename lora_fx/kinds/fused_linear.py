@@ -6,6 +6,8 @@ With ``s`` the scale, forward and backward of ``y = x W^T + b + s (x A^T) B^T``:
     g' = g B            dx = g W;       dx += s g' A        dA = s g'^T x      dB = s g^T h
 
 Saved are x (unless it can be made again, see ``producers``), h: (N, r), and references to W, A and B.
+Where there are many rows of x, merging is cheaper than adding: ``W' = W + s B A`` is formed in the forward
+and again in the backward, ``y = x W'^T + b``, ``dx = g W'``, and h is computed for dB alone.
 x is never cast up: A and B are cast to its dtype. Dropout masks are drawn again in the backward.
 """
 
@@ -18,34 +20,25 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import LivePart, LiveParts, rows_index
+from lora_fx.kinds.base import LiveParts
 from lora_fx.kinds.eager import autocast_dtype, plain_eager
 from lora_fx.kinds.masks import Mask, draw
 from lora_fx.kinds.producers import Remade, remade
-
-_LARGE = 1 << 16
-"""From so many elements on, the orientation of a product outweighs a copy of its small result."""
-
-
-class Slot(NamedTuple):
-    """One part's place: its columns of h and of y; ``start`` is where its frozen start is in h."""
-
-    ranks: slice
-    rows: slice
-    start: slice | None = None
+from lora_fx.kinds.stacked import Slot, add_parts, outer, part_gradients, scaled, stacked, through_parts
 
 
 class Call(NamedTuple):
     """What one call's forward and backward share besides tensors.
 
     ``slots`` is None for one part on all rows. ``source`` makes the input again, where it need not be
-    saved. ``scale`` includes what a mask's survivors are scaled by.
+    saved. ``scale`` includes what a mask's survivors are scaled by. ``merged`` says that W' is formed.
     """
 
     scale: float
     slots: tuple[Slot, ...] | None = None
     mask: Mask | None = None
     source: Remade | None = None
+    merged: bool = False
 
 
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
@@ -71,7 +64,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     bs: tuple[Tensor, ...] = (first.b,)
     scale, a = first.scale, first.a
     if len(lora) > 1 or first.rows is not None or first.start is not None:
-        scale, slots, a, bs = _stacked(lora, weight.shape[0])
+        scale, slots, a, bs = stacked(lora, weight.shape[0])
     source = mask = None
     if first.dropout:
         mask = draw(first.dropout)
@@ -81,10 +74,11 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
         or x.requires_grad
         or any(t is not None and t.requires_grad for t in (*bs, weight, bias))
     )
-    if graph and a.requires_grad:
+    if graph and (a.requires_grad or bs[0].requires_grad):
         source = remade(x)
-    call = Call(scale, slots, mask, source)
     dtype = autocast_dtype(x)
+    merged = slots is None and mask is None and dtype is None and _merges(x, weight, a)
+    call = Call(scale, slots, mask, source, merged)
     if dtype is not None:
         # x is cast outside, where its cast is differentiable; A and B are cast inside.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -114,6 +108,21 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
     return F.linear(x, torch.addmm(weight, part.b, part.a, alpha=part.scale), bias)
 
 
+_MANY = 5
+
+
+def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Say whether forming W' twice costs less than adding h B^T to y and g' A to dx.
+
+    Both are bound by memory: a few passes over W: (out, in) against one over y and one over dx. In half
+    precision W' would round the adapter away.
+    """
+    if weight.element_size() < 4 or weight.dtype is not a.dtype:
+        return False
+    out, columns = weight.shape
+    return x.numel() * (out + columns) > _MANY * out * columns * columns
+
+
 def _run(
     x: Tensor,
     weight: Tensor,
@@ -130,90 +139,27 @@ def _run(
     return result
 
 
-def _stacked(lora: LiveParts, out: int) -> tuple[float, tuple[Slot, ...], Tensor, tuple[Tensor, ...]]:
-    """Return scale, slots, the stacked A and every B of several parts; a frozen start follows its part."""
-    scale = lora[0].scale if all(part.scale == lora[0].scale for part in lora) else 1.0
-    slots: list[Slot] = []
-    stack: list[Tensor] = []
-    bs: list[Tensor] = []
-    offset = 0
-    for part in lora:
-        spans: list[slice] = []
-        rows = slice(0, out)
-        for a, b in ((part.a, part.b), *(() if part.start is None else (part.start,))):
-            placed, rows = _placed(b if scale == part.scale else b * part.scale, part, out)
-            spans.append(slice(offset, offset + a.shape[0]))
-            stack.append(a)
-            bs.append(placed)
-            offset += a.shape[0]
-        slots.append(Slot(spans[0], rows, *spans[1:]))
-    return scale, tuple(slots), stack[0] if len(stack) == 1 else torch.cat(stack), tuple(bs)
-
-
-def _placed(b: Tensor, part: LivePart, out: int) -> tuple[Tensor, slice]:
-    """Return B and its span of rows; rows in several pieces are spread over all of y's."""
-    if part.rows is None:
-        return b, slice(0, out)
-    if len(part.rows) == 1:
-        return b, slice(*part.rows[0])
-    return b.new_zeros(out, b.shape[1]).index_copy(0, rows_index(part.rows, b.device), b), slice(0, out)
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, a: Tensor, bs: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return y and h; ``a`` is (R, in), the stacked A of all parts, and each of ``bs`` (rows, r)."""
+    if call.merged:
+        return F.linear(x, torch.addmm(weight, bs[0], a, alpha=call.scale), bias), None
     dtype, shape = x.dtype, x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    y = F.linear(x, weight, bias)
+    # Three dimensions are flattened by F.linear itself; doing it here saves doing it twice.
+    y = F.linear(flat if x.dim() == 3 and x.is_contiguous() else x, weight, bias)
+    y = y if y.is_contiguous() else y.contiguous()
+    rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     if call.mask is not None:
         flat = call.mask.ones((flat.shape[0], flat.shape[1]), flat).mul_(flat)
     h = F.linear(flat, a if a.dtype is dtype else a.to(dtype))
-    y = y if y.is_contiguous() else y.contiguous()
-    rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     if call.slots is None:
         b = bs[0]
         rows.addmm_(h, (b if b.dtype is dtype else b.to(dtype)).t(), alpha=call.scale)
     else:
-        _add_parts(rows, h, call.slots, call.scale, [b.to(dtype) for b in bs])
-    return y, h
-
-
-def _add_parts(y: Tensor, h: Tensor, slots: tuple[Slot, ...], scale: float, bs: list[Tensor]) -> None:
-    """Add every part to its rows of y, in place; a part at its start adds exactly nothing."""
-    left = iter(bs)
-    for slot in slots:
-        rows, b = y[:, slot.rows], next(left)
-        if slot.start is None:
-            rows.addmm_(h[:, slot.ranks], b.t(), alpha=scale)
-        else:
-            rows.add_((h[:, slot.ranks] @ b.t()).sub_(h[:, slot.start] @ next(left).t()), alpha=scale)
-
-
-def _through_parts(g: Tensor, slots: tuple[Slot, ...], bs: list[Tensor]) -> Tensor:
-    """Return ``g B`` of every part side by side, starts with the opposite sign: (N, R)."""
-    left = iter(bs)
-    back: list[Tensor] = []
-    for slot in slots:
-        back.append(g[:, slot.rows] @ next(left))
-        if slot.start is not None:
-            back.append(-(g[:, slot.rows] @ next(left)))
-    return torch.cat(back, 1)
-
-
-def _part_gradients(
-    g: Tensor, h: Tensor, call: Call, bs: list[Tensor], needs: list[bool]
-) -> list[Tensor | None]:
-    """Return the gradient of every B; of starts, which are frozen, None."""
-    left = iter(zip(bs, needs, strict=True))
-    found: list[Tensor | None] = []
-    for slot in call.slots or ():
-        b, need = next(left)
-        found.append(_outer(g[:, slot.rows], h[:, slot.ranks], call.scale, b) if need else None)
-        if slot.start is not None:
-            next(left)
-            found.append(None)
-    return found
+        add_parts(rows, h, call.slots, call.scale, [b.to(dtype) for b in bs])
+    return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])), h
 
 
 class FusedLinear(Function):
@@ -225,7 +171,7 @@ class FusedLinear(Function):
     ) -> Tensor:
         y, h = _forward(x, weight, bias, call, a, bs)
         needs = ctx.needs_input_grad
-        keep = call.source is None and (needs[4] or needs[1])
+        keep = call.source is None and (needs[1] or True in needs[4:])
         ctx.call, ctx.dtype = call, x.dtype
         ctx.save_for_backward(x if keep else None, h if True in needs[5:] else None, weight, a, *bs)
         # Of a view made in here, autograd refuses writes in place: hand out a tensor that is none.
@@ -254,22 +200,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     thinned = x
     scale, slots, differentiable = call.scale, call.slots, torch.is_grad_enabled()
     mask = None if call.mask is None else call.mask.ones((g.shape[0], a.shape[1]), g)
-    if need_a or need_weight or (differentiable and True in need_bs):
+    if need_a or need_weight or True in need_bs:
         x = x if call.source is None else call.source.get().to(dtype)
         x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         thinned = x if mask is None else x * mask
-        if differentiable:
+        if h is None or differentiable:
             h = F.linear(thinned, a)
     if slots is None:
         gb = g @ bs[0]
-        dbs = [_outer(g, h, scale, bs[0]) if need_bs[0] else None]
+        dbs = [outer(g, h, scale, bs[0]) if need_bs[0] else None]
     else:
-        gb = _through_parts(g, slots, bs)
-        dbs = _part_gradients(g, h, call, bs, need_bs)
-    da = _scaled(gb.t(), thinned, scale, a) if need_a else None
+        gb = through_parts(g, slots, bs)
+        dbs = part_gradients(g, h, slots, scale, bs, need_bs)
+    da = scaled(gb.t(), thinned, scale, a) if need_a else None
     dx = None
     if need_x:
-        dx = _grad_of_input(g @ weight, gb, a, scale, mask, differentiable=differentiable)
+        if call.merged:
+            dx = g @ torch.addmm(weight, bs[0], a, alpha=scale)
+        else:
+            dx = _grad_of_input(g @ weight, gb, a, scale, mask, differentiable=differentiable)
         dx = dx if grad.dim() == 2 else dx.view(*grad.shape[:-1], dx.shape[-1])
     return (dx, g.t() @ x if need_weight else None, g.sum(0) if need_bias else None, None, da, *dbs)
 
@@ -283,18 +232,6 @@ def _grad_of_input(
     if differentiable:
         return torch.addmm(dx, gb, a, alpha=scale)
     return dx.addmm_(gb, a, alpha=scale)
-
-
-def _outer(g: Tensor, h: Tensor, scale: float, b: Tensor) -> Tensor:
-    """Return ``scale * g^T h``; where large, as the transpose of ``h^T g``, up to three times faster."""
-    if g.numel() < _LARGE:
-        return _scaled(g.t(), h, scale, b)
-    return _scaled(h.t(), g, scale, b.t()).t()
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
-    """Return ``scale * left @ right`` in one product; ``like`` has the result's shape."""
-    return left @ right if scale == 1.0 else torch.addmm(like, left, right, beta=0, alpha=scale)
 
 
 _apply: Any = FusedLinear.apply

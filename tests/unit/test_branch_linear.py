@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.kinds import fused_linear
+from lora_fx.kinds import fused_linear, stacked
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.linear import adapted_linear, composed_linear
 
@@ -85,7 +85,7 @@ def test_values_and_gradients_are_the_compositions(
 def test_large_gradients_of_b_take_the_other_orientation() -> None:
     x, weight = torch.randn(2048, IN, requires_grad=True), torch.randn(OUT, IN)
     parts = parts_of("scaled", torch.float32)
-    assert x.shape[0] * OUT >= fused_linear._LARGE
+    assert x.shape[0] * OUT >= stacked._LARGE_THIN
     found = torch.autograd.grad(adapted_linear(x, weight, lora=parts).square().sum(), leaves(parts))
     wanted = torch.autograd.grad(composed_linear(x, weight, None, parts).square().sum(), leaves(parts))
     assert all(distance(f, w) < 1e-6 for f, w in zip(found, wanted, strict=True))
@@ -105,8 +105,10 @@ def test_start_is_bit_equal_to_the_base(form: str) -> None:
             assert torch.equal(adapted_linear(x, weight, bias, lora=parts), F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("many", [0, 1e9])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_twice(form: str) -> None:
+def test_gradcheck_twice(form: str, many: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "_MANY", many)
     (_, weight, bias), parts = inputs(torch.float64), parts_of(form, torch.float64)
 
     def run(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -135,6 +137,22 @@ def test_small_products_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.autograd.grad(reference.square().sum(), [x, *leaves(parts)])
     assert distance(y, reference) < 1e-6
     assert all(distance(f, w) < 1e-6 for f, w in zip(found, wanted, strict=True))
+
+
+def test_many_rows_are_merged_in_both_directions() -> None:
+    x, weight = torch.randn(512, IN, requires_grad=True), torch.randn(OUT, IN)
+    parts = parts_of("scaled", torch.float32)
+    y = adapted_linear(x, weight, lora=parts)
+    assert y.grad_fn is not None
+    assert y.grad_fn.call.merged  # type: ignore[attr-defined]
+    found = [y, *torch.autograd.grad(y.square().sum(), [x, *leaves(parts)])]
+    reference = composed_linear(x, weight, None, parts)
+    wanted = [reference, *torch.autograd.grad(reference.square().sum(), [x, *leaves(parts)])]
+    assert all(distance(f, w) < 1e-6 for f, w in zip(found, wanted, strict=True))
+    zero = (parts[0]._replace(b=torch.zeros_like(parts[0].b)),)
+    assert torch.equal(adapted_linear(x, weight, lora=zero), F.linear(x, weight))
+    half = adapted_linear(x.bfloat16(), weight.bfloat16(), lora=parts)
+    assert not half.grad_fn.call.merged  # type: ignore[union-attr]
 
 
 def test_function_transforms_see_the_composition() -> None:
