@@ -8,6 +8,7 @@ that own the adapted weights, and are looked up by name at each use, so that ``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
+from lora_fx.passes.kept import kept
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.sharded import is_distributed, laid_out_like, whole
 from lora_fx.passes.stock_forward import Branched
@@ -186,7 +188,13 @@ def current_weight(module: nn.Module, name: str, reader: FrameType | None = None
         return own_parameters(module).get(name, own_buffers(module).get(name))
     if is_distributed(reader):
         return raw(module, name)
-    return effective(module, name, spec)
+    return _kept_effective(module, name, spec)
+
+
+def _kept_effective(module: nn.Module, name: str, spec: SiteSpec) -> Tensor:
+    small = tuple(raw(module, other) for other in spec.names)
+    compute = partial(effective, module, name, spec)
+    return kept(module, name, raw(module, name), small, spec.scale, compute)
 
 
 def is_own(module: nn.Module, tensor: Tensor) -> bool:
@@ -201,7 +209,7 @@ def branch_base(module: nn.Module, name: str) -> Tensor:
     spec = None if held is None else held.active(name)
     if spec is None or spec.low_rank:
         return raw(module, name)
-    return effective(module, name, spec)
+    return _kept_effective(module, name, spec)
 
 
 def live_parts(module: nn.Module, name: str) -> LiveParts:
