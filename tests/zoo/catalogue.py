@@ -95,7 +95,7 @@ def awake(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
 def _is_scale(model: nn.Module, parameter: nn.Parameter) -> bool:
     name = next(n for n, p in model.named_parameters() if p is parameter)
     known = name.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2", "lambda1")
-    return known and parameter.squeeze().dim() == 1 and float(parameter.abs().max()) < 1e-3
+    return known and parameter.squeeze().dim() == 1 and float(parameter.detach().abs().max()) < 1e-3
 
 
 def timm_names() -> list[str]:

@@ -35,6 +35,10 @@ def measure(name: str, *, onnx: bool = False, tell: Callable[[Row], None] = lamb
     if built is None:
         return row
     model, inputs = built
+    if not any(bool(o.isfinite().any()) for o in outputs_of(model, inputs)):
+        row["failed"]["build"] = "the base itself returns no finite number on these inputs"
+        tell(row)
+        return row
     row["class"], row["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
     _facts(model, inputs, subject)
     if subject.stage("inject", lambda: _inject(model, inputs, row)) is None:
@@ -152,7 +156,7 @@ def _inject(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
             lora_fx.inject(model, EVERYTHING, inputs, seed=0)
         row["warnings"] = [str(w.message)[:200] for w in heard if issubclass(w.category, UserWarning)][:3]
         after = outputs_of(model, inputs)
-    assert same(before, after), "the outputs changed at inject"
+    assert same(before, after), f"the outputs changed at inject, by {far(after, before):.1e}"
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
