@@ -111,7 +111,8 @@ def _form(shape: tuple[int, ...], uses: list[Found]) -> tuple[MatrixForm, list[s
     first = forms[0]
     if first is None or any(form is None for form in forms):
         bad = uses[next(i for i, form in enumerate(forms) if form is None)]
-        how = "joined with other tensors" if bad.computed in JOINS else "through a view that cuts across the axes"
+        joined = bad.computed in JOINS
+        how = "joined with other tensors" if joined else "through a view that cuts across the axes"
         return rows_form(shape), [f"rows by axis 0: {bad.node.name} reads it {how}"]
     for use, form in zip(uses, forms, strict=True):
         if form is None or form == first:
