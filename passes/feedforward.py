@@ -22,6 +22,7 @@ from lora_fx.passes.flow import Flow, is_floating
 from lora_fx.passes.op_groups import (
     ACTIVATIONS,
     FUSED_ATTENTION,
+    JOINS,
     MIXTURES,
     PRODUCTS,
     SCALINGS,
@@ -94,9 +95,9 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
     if flow.near(source).bit_count() > _MOST_MAKERS:
         return None
     makers: dict[fx.Node, bool] = {}
-    seen, stack = {source}, [(source, False)]
+    seen, stack = {source}, [(source, False, False)]
     while stack:
-        node, scaled = stack.pop()
+        node, scaled, beside = stack.pop()
         op = node.meta.get("op")
         if node in flow.links:
             if flow.is_embedding(node):
@@ -104,13 +105,13 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
             behind = behind_depthwise(flow, node)
             if behind is not None:
                 # What stands before the depthwise convolution is inside too: an activation may.
-                stack.extend((n, scaled) for n in flow.inputs(node) if n not in seen)
+                stack.extend((n, scaled, beside) for n in flow.inputs(node) if n not in seen)
                 seen.update(flow.inputs(node))
             maker = behind or node
             makers[maker] = makers.get(maker, True) and scaled
         elif op in FUSED_ATTENTION or node in flow.veins:
-            if scaled:
-                return None  # an attention's output, gated
+            if not beside:
+                return None  # an attention's output is no block's inside, but may stand beside it
         elif op in SOFTMAX | SELECTIONS:
             continue  # what a router weighs with is another's
         elif op in PRODUCTS or op in MIXTURES:
@@ -118,7 +119,7 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
         else:
             fresh = [n for n in flow.sources(node) if n not in seen]
             seen.update(fresh)
-            stack.extend((n, scaled or op in SCALINGS) for n in fresh)
+            stack.extend((n, scaled or op in SCALINGS, beside or op in JOINS) for n in fresh)
     scaling = frozenset(call for call, always in makers.items() if always)
     return _Inside(tuple(makers), tuple(seen), scaling) if makers else None
 

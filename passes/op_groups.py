@@ -52,6 +52,9 @@ SUMS = _words("add add_ sub sub_ rsub addcmul addcmul_ addcdiv lerp")
 
 SCALINGS = _words("mul mul_")
 
+JOINS = _words("cat concat concatenate")
+"""What puts values side by side."""
+
 CASTS = _words("to float half bfloat16 double type type_as")
 
 DETACHES = _words("detach detach_ data")
