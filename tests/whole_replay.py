@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from lora_fx.passes.trace import Trace
 
 def replayed(trace: Trace) -> Any:
     """Return what the recorded graph computes: the output node's value."""
+    values = node_values(trace)
+    output = next(node for node in reversed(trace.graph.nodes) if node.op == "output")
+    return map_arg(output.args[0], values.__getitem__)
+
+
+def node_values(trace: Trace) -> dict[fx.Node, Any]:
+    """Return what every node of the recorded graph computes."""
     inputs = dict(named_inputs(trace.model, trace.args, trace.kwargs))
     weights = {
         **dict(trace.model.named_parameters(remove_duplicate=False)),
@@ -28,14 +36,13 @@ def replayed(trace: Trace) -> Any:
                 values[node] = next(given).clone()
             elif node.op == "get_attr":
                 values[node] = weights[node.target] if node.target in weights else node.meta["value"]
-            elif node.op == "output":
-                return map_arg(node.args[0], values.__getitem__)
-            else:
-                values[node] = _call(node, values)
-    raise AssertionError("a graph without an output")
+            elif node.op != "output":
+                values[node] = call(node, values)
+    return values
 
 
-def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Return what one call computes from its arguments' values, writing into clones."""
     written = {n: values[n].clone() for n in node.meta.get("writes", ())}
     args = map_arg(node.args, lambda n: written.get(n, values[n]))
     kwargs = map_arg(node.kwargs, lambda n: written.get(n, values[n]))

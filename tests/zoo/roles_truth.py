@@ -76,7 +76,10 @@ def _role(word: str, site: Site) -> tuple[str, Rows | None]:
         return role, None
     ranges: list[tuple[int, int]] = []
     for piece in inside.rstrip("]").split(","):
-        start, stop, period = (int(n) if n else 0 for n in re.fullmatch(r"(\d+):(\d+)/?(\d*)", piece).groups())
+        read = re.fullmatch(r"(\d+):(\d+)/?(\d*)", piece)
+        if read is None:
+            raise ValueError(f"no rows: {word!r}")
+        start, stop, period = (int(n or 0) for n in read.groups())
         count = site.form.out_features // period if period else 1
         ranges += [(start + i * period, stop + i * period) for i in range(count)]
     return role, _merged(sorted(ranges))

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The truth of transformers' vision, speech and multimodal models, read from their sources."""
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ TABLE = {
            depths=[2, 2], sr_ratios=[4, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3], strides=[4, 2],
            num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16),
         no(VIT, "*patch", "classifier")
-        + "*stages.0.patch_embeddings.proj = stem\n decode_head.classifier = head",
+        + "\n *stages.0.patch_embeddings.proj = stem\n decode_head.classifier = head",
     ),
     "levit (by head)": (
         hf("LevitForImageClassification", "LevitConfig", lambda: image(64), image_size=64,
