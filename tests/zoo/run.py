@@ -27,6 +27,9 @@ def rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for row in found:
+        if not row["failed"] and "verify" not in row["seconds"]:
+            row["failed"]["forward"] = "did not end"
     return list({row["name"]: row for row in found}.values())
 
 
@@ -79,6 +82,8 @@ class _Worker:
             self.row["failed"][stage] = (
                 f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
             )
+        if "verify" not in self.row["seconds"] and not self.row["failed"]:
+            self.row["failed"]["forward"] = "did not end" if late else "died"
         self.receiver.close()
         return {**self.row, "total": round(time.monotonic() - self.started, 2)}
 

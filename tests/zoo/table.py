@@ -39,7 +39,8 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
     intro = (
         f"Measured {dt.datetime.now(dt.UTC):%Y-%m-%d}, on the CPU, one thread a model, on a machine",
         "shared with other work (read the seconds against each other). Random weights, tiny configurations.",
-        "The policy asks for everything: `Policy(Rule(rank=2))`. `make zoo` measures again.",
+        "The policy asks for everything: `Policy(Rule(rank=2))`. `make zoo` measures again, and a row that",
+        "a file already holds is kept: rows of one table may come from successive commits.",
     )
     share = f"{statistics.median(shares):.4f}, {statistics.mean(shares):.4f}"
     exported = sum("onnx" not in r["failed"] for r in onnx)
