@@ -29,7 +29,7 @@ from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
-from lora_fx.passes.wrapped import refuse_wrapped
+from lora_fx.passes.wrapped import refuse_lazy, refuse_wrapped
 from lora_fx.planning import make_plan
 from lora_fx.plans import Extra, Plan
 from lora_fx.policy import Policy
@@ -283,6 +283,7 @@ def _shows_adapters(source: Trace) -> bool:
 
 def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Trace | None]:
     model = _module(source)
+    refuse_lazy(model)
     traced = _trace_of(source, example_inputs)
     with fold_pass.base_only(model):
         sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))

@@ -10,17 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_fx.errors import WeightWriteError
 
-_ALIASES = frozenset(
-    {"__get__", "__getitem__", "alias", "detach", "expand", "flatten", "mT", "movedim", "narrow", "permute"}
-    | {"reshape", "select", "squeeze", "swapaxes", "T", "t", "transpose", "unflatten", "unsqueeze", "view"}
-)
-"""Operations whose result may share memory with the weight, so that it must be guarded too."""
 _HARMLESS = frozenset({"retain_grad", "share_memory_"})
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
+"""What hangs on a tensor that nobody reads again, and would never fire."""
+_ARRAYS = frozenset({"numpy", "__array__"})
 
 
 _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
@@ -51,14 +50,28 @@ class EffectiveWeight(Tensor):
             )
         with _plainly():
             result = func(*args, **kwargs)
-        if name in _ALIASES and isinstance(result, Tensor) and type(result) is Tensor:
-            return result.as_subclass(EffectiveWeight)
-        return result
+        if name in _ARRAYS and isinstance(result, np.ndarray):
+            result.flags.writeable = False
+        return _guard_views(result, args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the values as a plain tensor."""
         del memo
         return self.detach().as_subclass(Tensor).clone()
+
+
+def _guard_views(result: Any, args: Sequence[Any]) -> Any:
+    """Guard what shares memory with a guarded argument: views, and tuples of them."""
+    if isinstance(result, (tuple, list)) and any(isinstance(r, Tensor) for r in result):
+        made = [_guard_views(r, args) for r in result]
+        return tuple(made) if type(result) is tuple else made if type(result) is list else result
+    if type(result) is not Tensor:
+        return result
+    shared = any(isinstance(a, EffectiveWeight) and _is_alias(result, a) for a in args)
+    return result.as_subclass(EffectiveWeight) if shared else result
+
+
+_is_alias: Callable[[Tensor, Tensor], bool] = vars(torch)["_C"]._is_alias_of
 
 
 def guarded(weight: Tensor, reader: FrameType | None) -> Tensor:
@@ -90,10 +103,18 @@ def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return True
     # torch.nn.init hands its tensor on by name.
     target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+    if name.startswith("_foreach_") and name.endswith("_") and isinstance(target, (tuple, list)):
+        return any(isinstance(t, EffectiveWeight) for t in target)
     if not isinstance(target, EffectiveWeight):
         return False
     in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    return in_place or name in {"__setitem__", "__set__"} or (name.startswith("__i") and name in _IN_PLACE)
+    in_place = in_place or kwargs.get("inplace") is True
+    return (
+        in_place
+        or name in _HOOKS
+        or name in {"__setitem__", "__set__"}
+        or (name.startswith("__i") and name in _IN_PLACE)
+    )
 
 
 _IN_PLACE = frozenset(

@@ -22,6 +22,7 @@ from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
 from lora_fx.passes.norms import freeze_norms
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.remove import remove
+from lora_fx.passes.root import watch
 from lora_fx.passes.runtime import (
     BINDING,
     INJECTED,
@@ -38,6 +39,7 @@ from lora_fx.passes.runtime import (
 from lora_fx.passes.stock_forward import rewrite, stock_home, trace_stock
 from lora_fx.passes.subclass import attach, constants
 from lora_fx.passes.switch import apply_trainability
+from lora_fx.passes.wrapped import refuse_lazy
 from lora_fx.plans import Decision, Plan
 
 
@@ -98,11 +100,13 @@ def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) 
     """
     record = injected(model)
     check_name(adapter, record)
+    refuse_lazy(model)
     holders = owners(model)
     check_fit(model, plan, holders)
     if record is None:
         record = _new_record(model)
     record.plans[adapter] = plan
+    record.ties[adapter] = _ties(plan, holders)
     record.trainable[adapter] = True
     try:
         _rewrite(model, plan, adapter, record, holders, generator_of(seed))
@@ -161,7 +165,18 @@ def _new_record(model: nn.Module) -> Injected:
     record = Injected(AdapterState())
     record.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.__dict__[INJECTED] = record
+    bind(model, record.state).root = True
+    watch(model)
     return record
+
+
+def _ties(plan: Plan, holders: Owners) -> tuple[tuple[str, ...], ...]:
+    """Return all names of every planned weight that has several."""
+    wanted = {d.name for d in (*plan.adapted, *plan.trained)} | {e.name for e in plan.extras}
+    names: dict[int, list[str]] = {}
+    for name, held in holders.items():
+        names.setdefault(id(raw(held[0].module, held[0].attribute)), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1 and wanted.intersection(group))
 
 
 def generator_of(seed: int | None) -> torch.Generator:
@@ -178,7 +193,7 @@ def _rewrite(
     holders: Owners,
     generator: torch.Generator,
 ) -> None:
-    touched: dict[int, nn.Module] = {}
+    touched: dict[int, nn.Module] = {id(model): model}
     for decision in (*plan.adapted, *plan.trained):
         _add(holders[decision.name], decision, adapter, record, generator)
         touched.update({id(o.module): o.module for o in holders[decision.name]})

@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from lora_fx.passes import graph_module
 from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.root import unwatch
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
 from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.subclass import attach, detach
@@ -42,19 +43,21 @@ def remove(model: nn.Module, adapter: str) -> None:
             continue
         _drop(module, adapter)
         if last:
-            held.frozen_norm = False
+            held.frozen_norm = held.root = False
         held.sites = {name: specs for name, specs in held.sites.items() if specs}
         held.branched = {name: how for name, how in held.branched.items() if name in held.sites}
         detach(module)
-        if held.sites or held.frozen_norm:
+        if held.sites or held.frozen_norm or held.root:
             attach(module)
         else:
             del module.__dict__[BINDING]
     record.plans.pop(adapter, None)
+    record.ties.pop(adapter, None)
     record.trainable.pop(adapter, None)
     if record.state.active == adapter:
         record.state.active = next(iter(record.plans), None)
     if last:
+        unwatch(model)
         _restore_flags(model, record.flags)
         del model.__dict__[INJECTED]
     else:

@@ -90,7 +90,11 @@ class SiteSpec:
 
 @dataclass
 class Binding:
-    """What an adapted module keeps: its own class, its weights' adapters, what was replaced."""
+    """What an adapted module keeps: its own class, its weights' adapters, what was replaced.
+
+    ``root`` says that it is the injected model itself. ``assigned`` notes Parameters that are being
+    replaced by a state dict's, with the identity of the old ones.
+    """
 
     state: AdapterState
     base_class: type[nn.Module]
@@ -98,6 +102,8 @@ class Binding:
     branched: dict[str, Branched] = field(default_factory=dict[str, Branched])
     frozen_norm: bool = False
     rebound: dict[str, Any] = field(default_factory=dict[str, Any])
+    root: bool = False
+    assigned: dict[str, int] = field(default_factory=dict[str, int])
 
     def active(self, name: str) -> SiteSpec | None:
         """Return the active adapter's spec for one of the module's weights, if there is one."""
@@ -108,10 +114,16 @@ class Binding:
 
 @dataclass
 class Injected:
-    """What an injected model keeps at its root."""
+    """What an injected model keeps at its root.
+
+    ``ties`` holds, for each adapter, the qualified names of every weight that has several.
+    """
 
     state: AdapterState
     plans: dict[str, Plan] = field(default_factory=dict[str, "Plan"])
+    ties: dict[str, tuple[tuple[str, ...], ...]] = field(
+        default_factory=dict[str, "tuple[tuple[str, ...], ...]"]
+    )
     trainable: dict[str, bool] = field(default_factory=dict[str, bool])
     flags: dict[str, bool] = field(default_factory=dict[str, bool])
     fingerprints: dict[str, tuple[Any, Fingerprint]] = field(

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.errors import WeightWriteError, WrappedModelError
 from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
+from lora_fx.passes import root
+from lora_fx.passes.assigning import delattr_of, loader_of, register_parameter
 from lora_fx.passes.guard import guarded
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import (
@@ -34,7 +35,6 @@ from lora_fx.passes.runtime import (
     is_own,
     live_parts,
 )
-from lora_fx.passes.sharded import is_distributed
 from lora_fx.passes.stock_forward import (
     LORA_SUFFIX,
     TRANSPOSED_SUFFIX,
@@ -53,7 +53,7 @@ def attach(module: nn.Module) -> None:
     """Give the module the subclass that its Binding calls for; its own class where nothing is left."""
     held = module.__dict__[BINDING]
     forward, former = _forward(module, held), type(module).forward
-    _set_class(module, _subclass(held.base_class, frozenset(held.sites), forward))
+    _set_class(module, _subclass(held.base_class, frozenset(held.sites), forward, is_root=held.root))
     _rebind(module, held, former)
 
 
@@ -156,18 +156,22 @@ def _frozen_norm_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _subclass(
-    base: type[nn.Module], names: frozenset[str], forward: Callable[..., Any] | None
+    base: type[nn.Module], names: frozenset[str], forward: Callable[..., Any] | None, *, is_root: bool
 ) -> type[nn.Module]:
-    key = (base, names, forward if forward is None or hasattr(forward, "__lora_fx_source__") else "norm")
+    how = forward if forward is None or hasattr(forward, "__lora_fx_source__") else "norm"
+    key = (base, names, how, is_root)
     if key not in _classes:
         body: dict[str, Any] = {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce_ex,
-            "register_parameter": _register_parameter,
-            "__delattr__": _delattr(base),
+            "register_parameter": register_parameter,
+            "__delattr__": delattr_of(base),
+            "_load_from_state_dict": loader_of(base),
         }
+        if is_root:
+            body.update(root.attributes(base))
         for name in names:
             body[name] = property(_weight_getter(name))
             body[name + W0_SUFFIX] = property(_base_getter(name))
@@ -242,51 +246,6 @@ def _setattr(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
             attach(self)
 
     return set_attribute
-
-
-def _delattr(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:
-    def delete_attribute(self: nn.Module, name: str) -> None:
-        """Delete an attribute; an adapted weight stays, as weight_norm and its like would lose its adapter.
-
-        Raises:
-            WeightWriteError: the attribute is an adapted weight.
-        """
-        held = binding(self)
-        if held is not None and name in held.sites:
-            raise WeightWriteError(
-                f"{name!r} of {base.__name__}",
-                expected="an adapted weight to stay in its module",
-                got="its deletion, as a parametrization added after the adapters begins with",
-                advice="Call lora_fx.unload first, or add the parametrization before the adapters.",
-            )
-        base.__delattr__(self, name)
-
-    return delete_attribute
-
-
-def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """Register a Parameter; ``W0`` may be replaced, past the property of its name.
-
-    Raises:
-        WrappedModelError: tensor parallelism splits the module, and would not split its adapters.
-    """
-    held = binding(self)
-    caller = inspect.currentframe()
-    if (
-        held is not None
-        and held.sites
-        and is_distributed(caller and caller.f_back, "torch.distributed.tensor.")
-    ):
-        raise WrappedModelError(
-            f"{name} of {held.base_class.__name__}",
-            expected="a module without adapters",
-            got="tensor parallelism after inject",
-            advice="Skip the modules of the tensor-parallel plan, or use fully_shard.",
-        )
-    if held is not None and name in held.sites:
-        own_parameters(self)[name] = param
-    else:
-        nn.Module.register_parameter(self, name, param)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -118,14 +118,21 @@ def _compare(
     found = _injected_run(model, adapter, inputs)
     comparisons = [_outputs(found.outputs, wanted.outputs, case)]
     weights = dict(_effective_weights(model, adapter))
-    pairs: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
+    shares: dict[int, Tensor] = {}
     for name, (weight, parameters) in weights.items():
         slope = wanted.gradients.get(name)
         if slope is None:
             continue
-        expected = torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
-        got = [found.gradients.get(f"{name}/{i}") for i in range(len(parameters))]
-        pairs[name] = got, list(expected)
+        slopes = torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
+        for parameter, share in zip(parameters, slopes, strict=True):
+            if share is not None:
+                # Weights that were tied and then assigned apart share one adapter.
+                shares[id(parameter)] = shares.get(id(parameter), 0) + share
+    pairs: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
+    for name, (_, parameters) in weights.items():
+        if wanted.gradients.get(name) is not None:
+            got = [found.gradients.get(f"{name}/{i}") for i in range(len(parameters))]
+            pairs[name] = got, [shares.get(id(p)) for p in parameters]
     largest = max((_size(wanted) for _, wanted in pairs.values()), default=0.0)
     comparisons += [_gradients(name, *pair, case, largest) for name, pair in pairs.items()]
     return comparisons, None

@@ -1,12 +1,13 @@
-"""Refuse models that are already wrapped for data, sharded or tensor parallelism."""
+"""Refuse models that cannot take adapters: already wrapped for parallelism, or not initialised."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lora_fx.errors import WrappedModelError
+from lora_fx.errors import PlanError, WrappedModelError
 from lora_fx.passes.sharded import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -41,6 +42,22 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
     """Return accelerate's hooks of a module: one, or the parts of a sequence."""
     hook = module.__dict__.get("_hf_hook")
     return (hook, *getattr(hook, "hooks", ()))
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise if a parameter has no shape yet; its module changes its class when it gets one.
+
+    Raises:
+        PlanError: the model has uninitialised parameters.
+    """
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise PlanError(
+            ", ".join(lazy[:5]),
+            expected="parameters with a shape",
+            got="uninitialised ones, of lazy modules",
+            advice="Run the model once on example inputs, and plan or inject then.",
+        )
 
 
 def _refusal(where: str, got: str, advice: str) -> WrappedModelError:

@@ -1,0 +1,86 @@
+"""What assigns, loads or deletes an adapted module's weights: it acts on ``W0``, or it is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_fx.errors import WeightWriteError, WrappedModelError
+from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.runtime import binding
+from lora_fx.passes.sharded import is_distributed
+
+
+def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Register a Parameter; ``W0`` may be replaced by one of its shape, past the property of its name.
+
+    Raises:
+        WeightWriteError: the new weight has another shape than its adapters.
+        WrappedModelError: tensor parallelism splits the module, and would not split its adapters.
+    """
+    held = binding(self)
+    caller = inspect.currentframe()
+    if (
+        held is not None
+        and held.sites
+        and is_distributed(caller and caller.f_back, "torch.distributed.tensor.")
+    ):
+        raise WrappedModelError(
+            f"{name} of {held.base_class.__name__}",
+            expected="a module without adapters",
+            got="tensor parallelism after inject",
+            advice="Skip the modules of the tensor-parallel plan, or use fully_shard.",
+        )
+    if held is None or name not in held.sites:
+        nn.Module.register_parameter(self, name, param)
+        return
+    old = own_parameters(self).get(name)
+    if old is not None and (param is None or param.shape != old.shape):
+        raise WeightWriteError(
+            f"{name!r} of {held.base_class.__name__}",
+            expected=f"a weight of shape {tuple(old.shape)}, as its adapters have it",
+            got="None" if param is None else f"one of shape {tuple(param.shape)}",
+            advice="Call lora_fx.unload first, and inject again after the change.",
+        )
+    own_parameters(self)[name] = param
+
+
+def delattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:
+    """Return the ``__delattr__`` of a subclass of ``base``."""
+
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        """Delete an attribute; an adapted weight stays, as weight_norm and its like would lose its adapter.
+
+        Raises:
+            WeightWriteError: the attribute is an adapted weight.
+        """
+        held = binding(self)
+        if held is not None and name in held.sites:
+            raise WeightWriteError(
+                f"{name!r} of {base.__name__}",
+                expected="an adapted weight to stay in its module",
+                got="its deletion, as a parametrization added after the adapters begins with",
+                advice="Call lora_fx.unload first, or add the parametrization before the adapters.",
+            )
+        base.__delattr__(self, name)
+
+    return delete_attribute
+
+
+def loader_of(base: type[nn.Module]) -> Callable[..., None]:
+    """Return the ``_load_from_state_dict`` of a subclass of ``base``."""
+    own_loader: Any = vars(nn.Module)["_load_from_state_dict"]
+    load: Any = getattr(base, "_load_from_state_dict", own_loader)
+
+    def load_from_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Load, and note which Parameters were assigned and not written into (``assign=True``)."""
+        before = dict(own_parameters(self))
+        load(self, *args, **kwargs)
+        held, now = binding(self), own_parameters(self)
+        if held is not None:
+            held.assigned.update({n: id(old) for n, old in before.items() if now.get(n) is not old})
+
+    return load_from_state_dict
