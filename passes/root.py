@@ -31,7 +31,8 @@ def attributes(base: type[nn.Module]) -> dict[str, Any]:
 
 def watch(model: nn.Module) -> None:
     """Tie again after each ``load_state_dict``, of the model or of what it lies in."""
-    model.register_load_state_dict_post_hook(_tie_loaded)
+    register: Any = model.register_load_state_dict_post_hook
+    register(_tie_loaded)
 
 
 def unwatch(model: nn.Module) -> None:
@@ -42,7 +43,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def ties(model: nn.Module, record: Injected) -> Iterator[list[Member]]:
-    """Yield the owners of each adapted weight that has several, and those of each of its adapters' tensors."""
+    """Yield the owners of each adapted weight that has several, and of each of its adapters' tensors."""
     for adapter, groups in record.ties.items():
         for names in groups:
             members = [_member(model, name) for name in names]
@@ -71,16 +72,37 @@ def _apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
     apply_base: Any = getattr(base, "_apply", inherited)
 
     def apply_and_tie(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Convert every tensor (``to``, ``to_empty``); what was tied stays tied."""
+        """Convert every tensor (``to``, ``to_empty``); what was tied stays tied.
+
+        Adapters that leave the meta device hold NaN until they are loaded or given their first values:
+        what lay in that memory before is no adapter.
+        """
         record = injected(self)
+        bare = [member for member in _adapter_tensors(self) if _on_meta(member)]
         groups = [] if record is None or not recurse else list(ties(self, record))
         tied = [group for group in groups if len({id(_parameter(m)) for m in group}) == 1]
         apply_base(self, fn, recurse)
         for group in tied:
             _tie(group, _parameter(group[0]))
+        with torch.no_grad():
+            for parameter in (_parameter(member) for member in bare):
+                if parameter is not None and not parameter.is_meta:
+                    parameter.fill_(torch.nan)
         return self
 
     return apply_and_tie
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[Member]:
+    for module in model.modules():
+        held = binding(module)
+        for specs in () if held is None else held.sites.values():
+            yield from ((module, name) for spec in specs.values() for name in spec.names)
+
+
+def _on_meta(member: Member) -> bool:
+    parameter = _parameter(member)
+    return parameter is not None and parameter.is_meta
 
 
 def _tie_loaded(model: nn.Module, keys: Any) -> None:

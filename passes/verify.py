@@ -123,11 +123,11 @@ def _compare(
         slope = wanted.gradients.get(name)
         if slope is None:
             continue
-        slopes = torch.autograd.grad(weight, parameters, slope.to(weight.dtype), allow_unused=True)
+        slopes = torch.autograd.grad(weight, parameters, slope.to(weight.dtype))
         for parameter, share in zip(parameters, slopes, strict=True):
-            if share is not None:
-                # Weights that were tied and then assigned apart share one adapter.
-                shares[id(parameter)] = shares.get(id(parameter), 0) + share
+            # Weights that were tied and then assigned apart share one adapter.
+            known = shares.get(id(parameter))
+            shares[id(parameter)] = share if known is None else known + share
     pairs: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
     for name, (_, parameters) in weights.items():
         if wanted.gradients.get(name) is not None:
