@@ -11,11 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from lora_fx.passes.registers import own_buffers
+from lora_fx.passes.snapshot import attributes_kept
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Generator[None]:
-    """Inside, the model may be run; afterwards buffers, modes and random states are as before."""
+    """Inside, the model may be run; afterwards buffers, modes, random states and attributes are as before.
+
+    Attributes too: a model that keeps what it computed from a weight must not keep a probe's.
+    """
     modules = list(model.modules())
     # A scripted module cannot replace its buffers, only write into them.
     registers = [(m, dict(own_buffers(m))) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
@@ -25,7 +29,8 @@ def preserved(model: nn.Module) -> Generator[None]:
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
-        yield
+        with attributes_kept(model):
+            yield
     finally:
         torch.set_rng_state(cpu)
         if cuda is not None:

@@ -172,8 +172,9 @@ def _run_with_weights_replaced(
         for change in found.values():
             if only is None or only in change.names:
                 change.before.copy_(change.after)
-        with preserved(model), disable_adapter(model), torch.no_grad():
-            return float_leaves(run())
+        # With gradients, for a forward that takes some itself.
+        with preserved(model), disable_adapter(model), torch.enable_grad():
+            return [o.detach() for o in float_leaves(run())]
     finally:
         for name, change in found.items():
             change.before.copy_(kept[name])
@@ -184,8 +185,8 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
     found: list[str] = []
     for name, module, attribute, _ in list(_sites(model, adapter)):
         with _silenced(model, adapter, raw(module, attribute)):
-            with preserved(model), torch.no_grad():
-                outputs = float_leaves(run())
+            with preserved(model), torch.enable_grad():
+                outputs = [o.detach() for o in float_leaves(run())]
             reference = _run_with_weights_replaced(model, adapter, run, only=name)
         difference, tolerance = compare(outputs, reference)
         if difference > tolerance:

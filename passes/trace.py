@@ -21,7 +21,6 @@ from lora_fx.passes.examples import Examples, fresh, named_inputs, read_examples
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.recorder import Recorder
 from lora_fx.passes.second_net import SecondNet
-from lora_fx.passes.snapshot import attributes_kept
 from lora_fx.passes.trace_text import describe
 
 
@@ -58,7 +57,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     """
     examples = read_examples(model, example_inputs)
     subject = _initialised_copy(model, examples) if _has_lazy(model) else model
-    recorder = _record(subject, examples, deep=False)
+    recorder = _first_record(subject, examples)
     if recorder.unexplained:
         recorder = _look_deeper(subject, examples, recorder)
     return Trace(
@@ -71,7 +70,18 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     )
 
 
-def _record(model: nn.Module, examples: Examples, *, deep: bool) -> Recorder:
+def _first_record(model: nn.Module, examples: Examples) -> Recorder:
+    """Record without gradients, which holds no activations; a forward that takes gradients, with them."""
+    try:
+        return _record(model, examples, deep=False)
+    except InputError as error:
+        try:
+            return _record(model, examples, deep=False, gradients=True)
+        except InputError:
+            raise error from error.__cause__
+
+
+def _record(model: nn.Module, examples: Examples, *, deep: bool, gradients: bool = False) -> Recorder:
     """Record one run; a deep one sees operators that are called from compiled code too."""
     args, kwargs = _placed(model, examples)
     recorder = Recorder(model)
@@ -79,8 +89,8 @@ def _record(model: nn.Module, examples: Examples, *, deep: bool) -> Recorder:
         recorder.input(name, tensor)
     with (
         _quiet(model, args, kwargs),
+        torch.set_grad_enabled(gradients),
         preserved(model),
-        attributes_kept(model),
         contextlib.ExitStack() as stack,
     ):
         stack.callback(recorder.restore_written)

@@ -119,6 +119,36 @@ class Joined(nn.Module):
         return F.linear(x, torch.cat([self.left, self.right], dim=1))
 
 
+class Remembering(nn.Module):
+    """Keeps what it computed from a weight at the first run, and counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.memory: dict[str, Tensor] = {}
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if "scale" not in self.memory:
+            self.memory["scale"] = self.first.weight.detach().norm()
+        return self.second(torch.tanh(self.first(x)) * self.memory["scale"])
+
+
+class Force(nn.Module):
+    """Returns a gradient that it takes itself, as force fields do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            energy = self.second(torch.tanh(self.first(x))).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
 def hooked() -> nn.Module:
     """A model whose instance has a forward of its own, as accelerate's hooks make it."""
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
