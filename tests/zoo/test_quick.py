@@ -21,7 +21,6 @@ QUICK = {
     "transformers/phi3": 1.0,
     "transformers/gemma2": 1.0,
     "transformers/mamba": 0.9,
-    "transformers/rwkv": 0.9,
     "transformers/bert": 1.0,
     "transformers/roberta": 1.0,
     "transformers/deberta-v2": 0.98,
