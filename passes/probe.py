@@ -8,20 +8,20 @@ its weight would. Everything is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
 from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
+from lora_fx.passes.slopes import float_leaves, outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
 
 Runner = Callable[[], Any]
@@ -84,7 +84,7 @@ def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
             advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
         )
     reference = _run_with_weights_replaced(model, adapter, run)
-    difference, tolerance = compare(outputs, reference)
+    difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
     if difference > tolerance:
         raise ProbeError(
             _disagreeing(model, adapter, run) or "the adapters together",
@@ -103,17 +103,13 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     for parameter in wanted:
         parameter.requires_grad_(True)
     # The gradient is taken before the buffers are put back: putting back is a write that autograd sees.
-    with preserved(model), torch.enable_grad():
-        outputs = float_leaves(run())
-        live = [o for o in outputs if o.requires_grad]
-        if not live:
-            return [o.detach() for o in outputs], list(parameters)
-        total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    reached: list[Tensor | None] = list(gradients)
-    moved = {id(p) for p, g in zip(wanted, reached, strict=True) if g is not None and bool(g.any())}
+    with preserved(model):
+        outputs, slopes = outputs_and_slopes(model, run, wanted)
+    if slopes is None:
+        return outputs, list(parameters)
+    moved = {id(p) for p, g in zip(wanted, slopes, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
-    return [o.detach() for o in outputs], silent
+    return outputs, silent
 
 
 def _learning(model: nn.Module, adapter: str, run: Runner, names: set[str]) -> set[str]:
@@ -122,12 +118,10 @@ def _learning(model: nn.Module, adapter: str, run: Runner, names: set[str]) -> s
         weights = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
         for weight in weights.values():
             weight.requires_grad_(True)
-        with preserved(model), torch.enable_grad():
-            live = [o for o in float_leaves(run()) if o.requires_grad]
-            if not live:
-                return set()
-            total = torch.stack([(o * uneven(o)).sum().to(torch.float64) for o in live]).sum()
-            slopes = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        with preserved(model):
+            _, slopes = outputs_and_slopes(model, run, list(weights.values()))
+    if slopes is None:
+        return set()
     given = dict(zip(weights, slopes, strict=True))
     return {n for n, m, a, spec in _sites(model, adapter) if _passed_on(given.get(n), m, a, spec)}
 
@@ -156,12 +150,6 @@ def _sensitive(module: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
     return [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
 
 
-def uneven(output: Tensor) -> Tensor:
-    """Uneven weights, so that no symmetry (a softmax's rows sum to one) hides a gradient."""
-    steps = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
-    return torch.cos(steps * 0.7 + 0.3).reshape(output.shape).to(output.dtype)
-
-
 def _run_with_weights_replaced(
     model: nn.Module, adapter: str, run: Runner, only: str | None = None
 ) -> list[Tensor]:
@@ -188,7 +176,7 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
             with preserved(model), torch.enable_grad():
                 outputs = [o.detach() for o in float_leaves(run())]
             reference = _run_with_weights_replaced(model, adapter, run, only=name)
-        difference, tolerance = compare(outputs, reference)
+        difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
         if difference > tolerance:
             found.append(name)
     return ", ".join(found[:5]) or None
@@ -255,22 +243,26 @@ def _randomise(
                 raw(module, part.b).mul_(target / size)
 
 
-def float_leaves(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of an output, in order, whatever holds them."""
-    leaves = pytree.tree_leaves(plain(output))
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+def tolerance_of(table: Mapping[torch.dtype, float], *dtypes: torch.dtype) -> float:
+    """Return what the coarsest of the dtypes that a number went through allows."""
+    return max(table.get(dtype, table[torch.float32]) for dtype in dtypes)
 
 
-def plain(value: Any) -> Any:
-    """Turn dataclass-like outputs into dictionaries, so that their tensors can be found."""
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, dict):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return value
+def weight_dtypes(model: nn.Module, adapter: str) -> frozenset[torch.dtype]:
+    """Return the dtypes of the weights that an adapter changes."""
+    return frozenset(raw(module, attribute).dtype for _, module, attribute, _ in _sites(model, adapter))
 
 
-def compare(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, float]:
-    """Return the largest |difference| / |reference| by norm, and the tolerance of its dtype."""
-    worst, tolerance = 0.0, _TOLERANCE[torch.float32]
+def compare(
+    outputs: list[Tensor], reference: list[Tensor], through: Iterable[torch.dtype] = ()
+) -> tuple[float, float]:
+    """Return the largest |difference| / |reference| by norm, and the tolerance of its dtype.
+
+    ``through`` are the weights' dtypes: what a model computes in half precision and returns in single
+    is as exact as half precision.
+    """
+    dtypes = tuple(through)
+    worst, tolerance = 0.0, tolerance_of(_TOLERANCE, torch.float32, *dtypes)
     if len(outputs) != len(reference):
         return float("inf"), tolerance
     for found, wanted in zip(outputs, reference, strict=True):
@@ -280,7 +272,7 @@ def compare(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, floa
         wide = torch.promote_types(wanted.dtype, torch.float32)
         gap = torch.where(finite, (found - wanted).to(wide), 0).norm()
         ratio = float(gap / torch.where(finite, wanted.to(wide), 0).norm().clamp_min(1e-30))
-        limit = _TOLERANCE.get(wanted.dtype, _TOLERANCE[torch.float32])
+        limit = tolerance_of(_TOLERANCE, wanted.dtype, *dtypes)
         if ratio / limit > worst / tolerance:
             worst, tolerance = ratio, limit
     return worst, tolerance

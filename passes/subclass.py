@@ -24,6 +24,7 @@ from lora_fx.kinds import KINDS
 from lora_fx.kinds.base import LiveParts, transposed
 from lora_fx.passes import root
 from lora_fx.passes.assigning import delattr_of, loader_of, register_parameter
+from lora_fx.passes.graph_copies import deepcopy_graph, reduce_graph
 from lora_fx.passes.guard import guarded
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import (
@@ -185,6 +186,7 @@ def _subclass(
         if issubclass(base, fx.GraphModule):
             # recompile() gives each class a __call__ that asks its base's: ours must not ask itself.
             body["__call__"] = nn.Module.__call__
+            body.update({"__deepcopy__": deepcopy_graph, "__reduce_ex__": reduce_graph})
         if names and forward is not None:
             body["__setattr__"] = _setattr(base)
         _classes[key] = _new_class(base, (base,), body)

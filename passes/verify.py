@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import attention_spelt_out, preserved
-from lora_fx.passes.probe import float_leaves, held_active, random_adapters, uneven
+from lora_fx.passes.probe import held_active, random_adapters, tolerance_of, weight_dtypes
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
+from lora_fx.passes.slopes import outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, require, trained_names
 from lora_fx.reports import Comparison, Report
 
@@ -86,8 +87,14 @@ def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
 
 def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     leaves, spec = pytree.tree_flatten(inputs)
-    mapped: Inputs = pytree.tree_unflatten([change(v) if isinstance(v, Tensor) else v for v in leaves], spec)
+    changed = [_leaf(change(v), v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
+    mapped: Inputs = pytree.tree_unflatten(changed, spec)
     return mapped
+
+
+def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """Cut a made input off from what it was made of: every run takes gradients of its own."""
+    return tensor.detach().requires_grad_(requires_grad)
 
 
 def _other_values(tensor: Tensor) -> Tensor:
@@ -116,7 +123,8 @@ def _compare(
     except Exception as error:  # noqa: BLE001 - whatever the base itself refuses is no finding about adapters
         return [], f"{case}: the base itself does not run ({type(error).__name__}: {error})"
     found = _injected_run(model, adapter, inputs)
-    comparisons = [_outputs(found.outputs, wanted.outputs, case)]
+    through = weight_dtypes(model, adapter)
+    comparisons = [_outputs(found.outputs, wanted.outputs, case, through)]
     weights = dict(_effective_weights(model, adapter))
     shares: dict[int, Tensor] = {}
     for name, (weight, parameters) in weights.items():
@@ -134,7 +142,7 @@ def _compare(
             got = [found.gradients.get(f"{name}/{i}") for i in range(len(parameters))]
             pairs[name] = got, [shares.get(id(p)) for p in parameters]
     largest = max((_size(wanted) for _, wanted in pairs.values()), default=0.0)
-    comparisons += [_gradients(name, *pair, case, largest) for name, pair in pairs.items()]
+    comparisons += [_gradients(name, *pair, case, largest, through) for name, pair in pairs.items()]
     return comparisons, None
 
 
@@ -156,15 +164,10 @@ def _injected_run(model: nn.Module, adapter: str, inputs: Inputs) -> _Run:
 def _run(
     model: nn.Module, inputs: Inputs, named: Mapping[str, nn.Parameter], distinct: list[nn.Parameter]
 ) -> _Run:
-    with preserved(model), torch.enable_grad(), _trainable(distinct):
-        outputs = float_leaves(model(*inputs[0], **inputs[1]))
-        live = [o for o in outputs if o.requires_grad]
-        gradients: dict[int, Tensor | None] = {}
-        if live:
-            total = torch.stack([(o * uneven(o)).sum().double() for o in live]).sum()
-            slopes = torch.autograd.grad(total, distinct, allow_unused=True)
-            gradients = {id(p): g for p, g in zip(distinct, slopes, strict=True)}
-    return _Run([o.detach() for o in outputs], {n: gradients.get(id(p)) for n, p in named.items()})
+    with preserved(model), _trainable(distinct):
+        outputs, slopes = outputs_and_slopes(model, lambda: model(*inputs[0], **inputs[1]), distinct)
+    gradients = {} if slopes is None else {id(p): g for p, g in zip(distinct, slopes, strict=True)}
+    return _Run(outputs, {n: gradients.get(id(p)) for n, p in named.items()})
 
 
 @contextmanager
@@ -195,12 +198,14 @@ def _effective_weights(
         yield (f"{path}.{attribute}" if path else attribute), (weight, parameters)
 
 
-def _outputs(found: list[Tensor], wanted: list[Tensor], case: str) -> Comparison:
+def _outputs(
+    found: list[Tensor], wanted: list[Tensor], case: str, through: frozenset[torch.dtype]
+) -> Comparison:
     worst = Comparison(case, "outputs", 0.0, TOLERANCES[torch.float32])
     if [t.shape for t in found] != [t.shape for t in wanted]:
         return Comparison(case, "outputs", float("inf"), worst.tolerance)
     for got, expected in zip(found, wanted, strict=True):
-        tolerance = TOLERANCES.get(expected.dtype, TOLERANCES[torch.float32])
+        tolerance = tolerance_of(TOLERANCES, expected.dtype, *through)
         one = Comparison(case, "outputs", relative(got, expected), tolerance)
         if not one.difference / tolerance <= worst.difference / worst.tolerance:
             worst = one
@@ -208,7 +213,12 @@ def _outputs(found: list[Tensor], wanted: list[Tensor], case: str) -> Comparison
 
 
 def _gradients(
-    name: str, found: list[Tensor | None], wanted: list[Tensor | None], case: str, largest: float
+    name: str,
+    found: list[Tensor | None],
+    wanted: list[Tensor | None],
+    case: str,
+    largest: float,
+    through: frozenset[torch.dtype],
 ) -> Comparison:
     """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may.
 
@@ -221,7 +231,7 @@ def _gradients(
     right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
     got = torch.cat([t.flatten() for t in left if t is not None])
     expected = torch.cat([t.flatten() for t in right if t is not None])
-    tolerance = 10 * TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    tolerance = 10 * tolerance_of(TOLERANCES, dtype, *through)
     rounding = _ROUNDING * torch.finfo(dtype).eps * largest
     if max(_size([got]), _size([expected])) <= rounding:
         return Comparison(case, name, _size([got - expected]) / largest if largest else 0.0, tolerance)

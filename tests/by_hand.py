@@ -13,8 +13,8 @@ from lora_fx.matrix import MatrixForm
 from lora_fx.passes.fold import folded
 from lora_fx.passes.insert import insert
 from lora_fx.passes.preserve import preserved
-from lora_fx.passes.probe import float_leaves
 from lora_fx.passes.runtime import BINDING
+from lora_fx.passes.slopes import float_leaves
 from lora_fx.passes.switch import trained_parameters
 from lora_fx.passes.verify import verify
 from lora_fx.plans import Decision, Part, Plan, Reason

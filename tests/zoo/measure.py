@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.passes.preserve import preserved
-from lora_fx.passes.probe import float_leaves, uneven
+from lora_fx.passes.slopes import float_leaves, uneven
 from tests.zoo.catalogue import Built, build
 
 EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))

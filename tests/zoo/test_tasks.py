@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.passes.probe import float_leaves
+from lora_fx.passes.slopes import float_leaves
 from tests.zoo.catalogue import build
 from tests.zoo.measure import outputs_of, same
 
