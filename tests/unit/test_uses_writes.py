@@ -1,0 +1,212 @@
+"""Writes to adapted weights act on W0 or raise; ties survive; models may begin without memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.checkpoints import reset_adapter
+from tests.by_hand import check, distance, randomise, run
+from tests.odd_models import Tied
+
+EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
+IDS = torch.arange(10).reshape(2, 5)
+
+
+def injected(model: nn.Module | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = Tied().double() if model is None else model
+    lora_fx.inject(model, EVERYTHING, IDS, seed=0)
+    randomise(model)
+    return model
+
+
+def shares(model: nn.Module) -> bool:
+    names = ("weight", "lora_A__weight__default", "lora_B__weight__default")
+    return all(model.embedding._parameters[n] is model.head._parameters[n] for n in names)
+
+
+def no_grad(write: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return torch.no_grad()(write)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "data": lambda w: w.data.fill_(0),
+    "a new data": lambda w: setattr(w, "data", torch.zeros_like(w)),
+    "init": nn.init.xavier_uniform_,
+    "init, constant": lambda w: nn.init.constant_(w, 1.0),
+    "init, orthogonal": nn.init.orthogonal_,
+    "an item": no_grad(lambda w: w.__setitem__(0, 0.0)),
+    "in place": no_grad(lambda w: w.mul_(2)),
+    "an operator": no_grad(lambda w: exec("w += 1", {"w": w})),
+    "detached": lambda w: w.detach().add_(1),
+    "copied into": lambda w: w.data.copy_(torch.zeros_like(w)),
+    "out": no_grad(lambda w: torch.add(w, w, out=w)),
+    "a view": no_grad(lambda w: w.view(-1)[3:].zero_()),
+    "a view of a view": lambda w: w.detach().T.unsqueeze(0).narrow(1, 0, 2).zero_(),
+    "a chunk": lambda w: w.detach().chunk(2)[0].zero_(),
+    "a diagonal": lambda w: w.data.diagonal().zero_(),
+    "strided": lambda w: w.data.as_strided((2,), (1,)).zero_(),
+    "many at once": no_grad(lambda w: torch._foreach_zero_([w])),
+    "an activation in place": no_grad(lambda w: torch.nn.functional.relu(w, inplace=True)),
+    "resized": lambda w: w.data.resize_(2, 2),
+    "the flag": lambda w: w.requires_grad_(False),
+    "the flag as an attribute": lambda w: setattr(w, "requires_grad", False),
+    "a gradient": lambda w: setattr(w, "grad", torch.zeros_like(w)),
+    "a hook": lambda w: w.register_hook(lambda g: 2 * g),
+}
+
+
+@pytest.mark.parametrize("what", sorted(WRITES))
+@pytest.mark.parametrize("name", ["head", "body"])
+def test_a_write_to_the_effective_weight_raises(what: str, name: str) -> None:
+    model = injected()
+    wanted = run(model, IDS)
+    with pytest.raises(lora_fx.WeightWriteError, match="W0"):
+        WRITES[what](getattr(model, name).weight)
+    assert torch.equal(run(model, IDS), wanted)
+
+
+def test_a_write_to_its_array_raises() -> None:
+    model = injected()
+    for array in (model.head.weight.detach().numpy(), model.body.weight.detach().__array__()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_reset_parameters_raises() -> None:
+    model = injected()
+    for module in (model.head, model.body, model.embedding):
+        with pytest.raises(lora_fx.WeightWriteError):
+            module.reset_parameters()
+
+
+def test_reading_and_computing_does_not_raise() -> None:
+    weight = injected().body.weight
+    values = [weight.sum(), weight.norm(), (weight * 2).relu_(), weight.clone().zero_(), weight @ weight.T]
+    assert all(type(v) is Tensor for v in values)
+    assert weight.tolist()
+    assert repr(weight)
+
+
+def test_writes_to_the_base_take_effect() -> None:
+    model = injected()
+    before, delta = run(model, IDS), (model.body.weight - model.get_parameter("body.weight")).detach()
+    with torch.no_grad():
+        dict(model.named_parameters())["body.weight"].mul_(2)
+    assert distance(run(model, IDS), before) > 1e-3
+    torch.testing.assert_close(model.body.weight.detach(), 2 * _half(model) + delta)
+    with lora_fx.disable_adapter(model):
+        nn.init.zeros_(model.body.weight)
+    assert not model.get_parameter("body.weight").any()
+    check(model, IDS)
+
+
+def _half(model: nn.Module) -> Tensor:
+    return model.get_parameter("body.weight").detach() / 2
+
+
+def test_an_assigned_parameter_is_the_new_base() -> None:
+    model, new = injected(), nn.Parameter(torch.randn(8, 8).double())
+    delta = (model.body.weight - model.get_parameter("body.weight")).detach()
+    model.body.weight = new
+    assert model.get_parameter("body.weight") is new
+    torch.testing.assert_close(model.body.weight.detach(), new.detach() + delta)
+    check(model, IDS)
+    for other in (None, nn.Parameter(torch.randn(9, 8).double())):
+        with pytest.raises(lora_fx.WeightWriteError, match="shape"):
+            model.body.weight = other
+    assert model.get_parameter("body.weight") is new
+
+
+def test_assigning_one_of_two_tied_weights_unties_them() -> None:
+    model = injected()
+    model.head.weight = nn.Parameter(torch.randn(13, 8).double())
+    check(model, IDS)
+    assert not shares(model)
+
+
+def test_a_state_dict_of_the_base_or_of_the_whole() -> None:
+    model, other = injected(), Tied().double()
+    missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+    assert not unexpected
+    assert all("lora_" in name for name in missing)
+    assert shares(model)
+    lora_fx.unload(model)
+    assert torch.equal(run(model, IDS), run(other, IDS))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_assigned_state_dicts_keep_ties(wrapped: bool) -> None:
+    model, source = injected(), injected(Tied().double())
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(0.7)
+    outer = nn.ModuleDict({"inner": model}) if wrapped else model
+    state = {(f"inner.{k}" if wrapped else k): v.clone() for k, v in source.state_dict().items()}
+    outer.load_state_dict(state, assign=True)
+    assert shares(model)
+    assert torch.equal(run(model, IDS), run(source, IDS))
+    assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+    check(model, IDS)
+
+
+def test_one_tied_name_in_an_assigned_state_dict_is_the_value_of_both() -> None:
+    model = injected()
+    new = torch.randn(13, 8).double()
+    for name in ("head.weight", "embedding.weight"):
+        model.load_state_dict({name: new.clone()}, strict=False, assign=True)
+        assert shares(model)
+        assert torch.equal(model.get_parameter("head.weight"), new)
+        new = new + 1
+
+
+def test_different_values_for_tied_names_are_refused() -> None:
+    model = injected()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["head.weight"] += 1
+    with pytest.raises(lora_fx.WeightWriteError, match="one value for what is tied"):
+        model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("policy", ["low rank", "dora", "pissa", "train"])
+def test_a_model_on_the_meta_device_is_injected_and_materialised_later(policy: str) -> None:
+    rules = {
+        "low rank": lora_fx.Rule(rank=2),
+        "dora": lora_fx.Rule(rank=2, dora=True),
+        "pissa": lora_fx.Rule(rank=2, init="pissa"),
+        "train": lora_fx.Train(),
+    }
+    torch.manual_seed(0)
+    real = Tied().double()
+    with torch.device("meta"):
+        model = Tied().double()
+    lora_fx.inject(model, lora_fx.Policy(rules[policy]), IDS, seed=0)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    model.to_empty(device="cpu")
+    assert model.head._parameters["weight"] is model.embedding._parameters["weight"]
+    missing, _ = model.load_state_dict(real.state_dict(), strict=False)
+    assert all(name in missing for name in model.state_dict() if "lora_" in name)
+    # No adapter has values yet, and what lay in that memory is not taken for one.
+    assert bool(run(model, IDS).isnan().any())
+    reset_adapter(model, seed=0)
+    wanted = lora_fx.inject(copy.deepcopy(real), lora_fx.Policy(rules[policy]), IDS, seed=0)
+    assert torch.equal(run(model, IDS), run(wanted, IDS))
+    for mine, its in zip(lora_fx.parameters(model), lora_fx.parameters(wanted), strict=True):
+        assert torch.equal(mine, its)
+    randomise(model)
+    check(model, IDS)
+
+
+def test_planning_on_the_meta_device_reads_no_values() -> None:
+    with torch.device("meta"):
+        model = Tied()
+    real = Tied()
+    plans = [lora_fx.plan(m, EVERYTHING, IDS) for m in (model, real)]
+    assert plans[0].decisions == plans[1].decisions
