@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchError
 from lora_fx.files import atomic_write
 from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
-from lora_fx.kinds.base import LivePart
+from lora_fx.kinds.base import LivePart, LiveParts, since_start
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import row_count
 from lora_fx.plans import Decision, Plan
@@ -144,11 +144,11 @@ class AdapterFile:
             if value is not None:
                 return value.to(base.dtype)
         decision = self.plan[name]
-        parts = tuple(self._part(decision, part.role, part.rows) for part in decision.parts)
+        parts = tuple(p for part in decision.parts for p in self._parts(decision, part.role, part.rows))
         magnitude = self.tensors.get(tensor_key(decision.name, None, "magnitude"))
         return effective_weight(base, decision.site.form, parts, magnitude)
 
-    def _part(self, decision: Decision, role: str | None, rows: Any) -> LivePart:
+    def _parts(self, decision: Decision, role: str | None, rows: Any) -> LiveParts:
         def get(field: str) -> Tensor | None:
             return self.tensors.get(tensor_key(decision.name, role, field))
 
@@ -156,7 +156,7 @@ class AdapterFile:
         start = None if start_a is None or start_b is None else (start_a, start_b)
         a = self.tensors[tensor_key(decision.name, role, "A")]
         b = self.tensors[tensor_key(decision.name, role, "B")]
-        return LivePart(a, b, decision.scale, rows, 0.0, start)
+        return since_start(LivePart(a, b, decision.scale, rows), start)
 
 
 def tensor_key(weight: str, role: str | None, field: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.passes.changes import changes, refuse_rounded_away, sums_and_changes
+from lora_fx.passes.changes import Change, changes, refuse_rounded_away, sums_and_changes
 from lora_fx.passes.registers import own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
@@ -163,5 +163,19 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
     with torch.no_grad():
         for each in sums:
             each.add()
-    _place(model, {n: change.after for change in others.values() for n in change.names}, [])
+        for change in others.values():
+            _write(model, change)
     return model
+
+
+def _write(model: nn.Module, change: Change) -> None:
+    """Write ``W`` to where ``W0`` lies, so that lists of references (a recurrence's) stay true.
+
+    Where that memory cannot be written to, the parameter is replaced.
+    """
+    lies = change.before
+    repeated = any(step == 0 and size > 1 for step, size in zip(lies.stride(), lies.shape, strict=True))
+    if type(lies) is not Tensor or lies.is_inference() or repeated:
+        _place(model, dict.fromkeys(change.names, change.after), [])
+    else:
+        lies.copy_(change.after)

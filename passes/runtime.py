@@ -7,6 +7,7 @@ that own the adapted weights, and are looked up by name at each use, so that ``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lora_fx.kinds.base import LivePart, LiveParts
+from lora_fx.kinds.base import LivePart, LiveParts, since_start
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
 from lora_fx.passes.kept import kept
@@ -180,13 +181,8 @@ def effective(module: nn.Module, name: str, spec: SiteSpec, base: Tensor | None 
     if spec.form is None:
         raise RuntimeError(f"the adapter of {name!r} has neither a form nor a trained copy")
     magnitude = None if spec.magnitude is None else whole(raw(module, spec.magnitude))
-    parts = tuple(_whole_part(part) for part in _parts(module, spec, 0.0))
+    parts = _parts(module, spec, 0.0, whole)
     return laid_out_like(effective_weight(whole(base), spec.form, parts, magnitude), base)
-
-
-def _whole_part(part: LivePart) -> LivePart:
-    start = None if part.start is None else (whole(part.start[0]), whole(part.start[1]))
-    return part._replace(a=whole(part.a), b=whole(part.b), start=start)
 
 
 def current_weight(module: nn.Module, name: str, reader: FrameType | None = None) -> Tensor | None:
@@ -234,12 +230,15 @@ def live_parts(module: nn.Module, name: str) -> LiveParts:
     return _parts(module, spec, spec.dropout if training else 0.0)
 
 
-def _parts(module: nn.Module, spec: SiteSpec, dropout: float) -> LiveParts:
-    return tuple(_live(module, part, spec.scale, dropout) for part in spec.parts)
-
-
-def _live(module: nn.Module, part: PartSpec, scale: float, dropout: float) -> LivePart:
-    start = None
-    if part.start_a is not None and part.start_b is not None:
-        start = (raw(module, part.start_a), raw(module, part.start_b))
-    return LivePart(raw(module, part.a), raw(module, part.b), scale, part.rows, dropout, start)
+def _parts(
+    module: nn.Module, spec: SiteSpec, dropout: float, read: Callable[[Tensor], Tensor] | None = None
+) -> LiveParts:
+    live: list[LivePart] = []
+    for part in spec.parts:
+        named = (part.a, part.b, part.start_a, part.start_b)
+        a, b, *start = (raw(module, name) for name in named if name is not None)
+        if read is not None:
+            a, b, *start = map(read, (a, b, *start))
+        whole_part = LivePart(a, b, spec.scale, part.rows, dropout)
+        live += since_start(whole_part, (start[0], start[1]) if start else None)
+    return tuple(live)

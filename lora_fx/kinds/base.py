@@ -71,7 +71,7 @@ class LivePart(NamedTuple):
     """What a branch computes with: ``y[..., rows] += scale * (dropout(x) A^T) B^T``.
 
     ``a`` is (r, in) or (E, r, in), ``b`` (rows, r) or (E, rows, r); ``dropout`` is the probability
-    in force now (0.0 outside training). ``start`` is the frozen (A0, B0) whose product is taken off.
+    in force now (0.0 outside training).
     """
 
     a: Tensor
@@ -79,16 +79,27 @@ class LivePart(NamedTuple):
     scale: float
     rows: Rows | None = None
     dropout: float = 0.0
-    start: tuple[Tensor, Tensor] | None = None
 
 
 def transposed(part: LivePart) -> LivePart:
     """Return the part of the transposed weight: ``(B A)^T = A^T B^T``; only of whole weights."""
-    start = None if part.start is None else (part.start[1].mT, part.start[0].mT)
-    return part._replace(a=part.b.mT, b=part.a.mT, start=start)
+    return part._replace(a=part.b.mT, b=part.a.mT)
 
 
 LiveParts = tuple[LivePart, ...]
+
+
+def since_start(part: LivePart, start: tuple[Tensor, Tensor] | None) -> LiveParts:
+    """Return a part less its frozen start (A0, B0): ``B A - B0 A0 = B (A - A0) + (B - B0) A0``.
+
+    At the start both terms are products with zeros, so that exactly nothing is added, whatever the kernel.
+    """
+    if start is None:
+        return (part,)
+    a0, b0 = start
+    return (part._replace(a=part.a - a0), part._replace(a=a0, b=part.b - b0))
+
+
 Branch = Callable[..., Tensor]
 """An operation with its adapter: the operation's own signature plus ``lora: LiveParts``."""
 
@@ -164,10 +175,7 @@ def low_rank(x: Tensor, part: LivePart) -> Tensor:
     float32 is what makes other libraries' half-precision branches large.
     """
     x = F.dropout(x, part.dropout) if part.dropout else x
-    update = _product(x, part.a, part.b)
-    if part.start is not None:
-        update = update - _product(x, *part.start)
-    return update * part.scale
+    return _product(x, part.a, part.b) * part.scale
 
 
 def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ def adapted_bilinear(
     for part in lora:
         x = F.dropout(input1, part.dropout) if part.dropout else input1
         update = _product(x, input2, part.a, part.b)
-        if part.start is not None:
-            update = update - _product(x, input2, *part.start)
         result = add_rows(result, update * part.scale, part.rows, -1)
     return result
 

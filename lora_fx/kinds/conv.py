@@ -57,10 +57,7 @@ def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, rows: Rows | None,
 
 def _low_rank_conv(x: Tensor, weight: Tensor, part: LivePart, how: _Geometry) -> Tensor:
     x = F.dropout(x, part.dropout) if part.dropout else x
-    update = _product(x, weight, part.a, part.b, part.rows, how)
-    if part.start is not None:
-        update = update - _product(x, weight, *part.start, part.rows, how)
-    return update
+    return _product(x, weight, part.a, part.b, part.rows, how)
 
 
 def _adapted(dims: int) -> Branch:

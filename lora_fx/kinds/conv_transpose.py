@@ -74,10 +74,7 @@ def _adapted(dims: int) -> Branch:
 
 def _low_rank(x: Tensor, shape: tuple[int, ...], part: LivePart, how: _Geometry) -> Tensor:
     x = F.dropout(x, part.dropout) if part.dropout else x
-    update = _product(x, shape, part.a, part.b, part.rows, how)
-    if part.start is not None:
-        update = update - _product(x, shape, *part.start, part.rows, how)
-    return update * part.scale
+    return _product(x, shape, part.a, part.b, part.rows, how) * part.scale
 
 
 def _product(

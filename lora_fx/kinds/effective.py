@@ -1,6 +1,6 @@
 """The effective weight: the one semantic rule, on plain tensors.
 
-Plain: ``W = W0 + sum over parts of scale * (B A - B0 A0)``, each part on its own rows. DoRA (Liu et al.
+Plain: ``W = W0 + sum over parts of scale * B A``, each part on its own rows. DoRA (Liu et al.
 2024, eq. 5): the rows of that, scaled to the trained magnitudes. Full: the trained copy itself.
 """
 
@@ -14,12 +14,8 @@ from lora_fx.matrix import MatrixForm, columns_form, rows_form
 
 
 def low_rank_delta(form: MatrixForm, part: LivePart) -> Tensor:
-    """Return ``scale * (B A - B0 A0)`` in the weight's own shape; exactly zero at the start."""
-    product = part.b @ part.a
-    if part.start is not None:
-        start_a, start_b = part.start
-        product = product - start_b @ start_a
-    product = product * part.scale
+    """Return ``scale * B A`` in the weight's own shape; exactly zero at the start."""
+    product = (part.b @ part.a) * part.scale
     if part.rows is not None:
         shape = (*product.shape[:-2], form.out_features, form.in_features)
         index = rows_index(part.rows, product.device)
@@ -45,7 +41,7 @@ def effective_weight(
 def _with_part(weight: Tensor, form: MatrixForm, part: LivePart) -> Tensor:
     """Add one part: in a single product where the weight is stored as its matrix, or transposed."""
     a, b = part.a.to(weight.dtype), part.b.to(weight.dtype)
-    if part.rows is not None or part.start is not None or not weight.is_contiguous():
+    if part.rows is not None or not weight.is_contiguous():
         return weight + low_rank_delta(form, part._replace(a=a, b=b))
     if form == rows_form(form.shape):
         flat = weight.view(form.out_features, form.in_features)

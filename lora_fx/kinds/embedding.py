@@ -39,8 +39,6 @@ def adapted_embedding(
     padding = None if padding_idx is None or not lora else (input == padding_idx % weight.shape[0])
     for part in lora:
         update = _looked_up(input, part.a, part.b)
-        if part.start is not None:
-            update = update - _looked_up(input, *part.start)
         if padding is not None:
             update = torch.where(padding.unsqueeze(-1), update.detach(), update)
         result = add_rows(result, update, part.rows, -1, part.scale)

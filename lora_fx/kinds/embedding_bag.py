@@ -40,8 +40,6 @@ def adapted_embedding_bag(
     result = F.embedding_bag(input, weight, offsets, **given)
     for part in lora:
         update = _bags(input, offsets, part.a, part.b, given)
-        if part.start is not None:
-            update = update - _bags(input, offsets, *part.start, given)
         result = add_rows(result, update * part.scale, part.rows, -1)
     return result
 

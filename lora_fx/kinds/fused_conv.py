@@ -60,7 +60,7 @@ def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how
     Forming W' costs ``r out in`` twice, the branch ``r (out + in)`` at every place of the output, twice.
     """
     part = lora[0]
-    if how is None or len(lora) > 1 or part.rows is not None or part.start is not None or part.dropout:
+    if how is None or len(lora) > 1 or part.rows is not None or part.dropout:
         return False
     if not plain_eager(x, weight, bias, part.a, part.b) or x.dim() != weight.dim() or x.is_meta:
         return False

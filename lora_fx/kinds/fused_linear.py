@@ -44,10 +44,10 @@ class Call(NamedTuple):
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
     """Say whether the fused operation may stand for the composition here."""
     first = lora[0]
-    if len(lora) == 1 and first.start is None:
+    if len(lora) == 1:
         plain = plain_eager(x, weight, bias, first.a, first.b)
     else:
-        plain = plain_eager(x, weight, bias, *(t for p in lora for t in (p.a, p.b, *(p.start or ()))))
+        plain = plain_eager(x, weight, bias, *(t for p in lora for t in (p.a, p.b)))
     if not plain or x.is_meta:
         return False
     dropout = first.dropout
@@ -63,7 +63,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     slots: tuple[Slot, ...] | None = None
     bs: tuple[Tensor, ...] = (first.b,)
     scale, a = first.scale, first.a
-    if len(lora) > 1 or first.rows is not None or first.start is not None:
+    if len(lora) > 1 or first.rows is not None:
         scale, slots, a, bs = stacked(lora, weight.shape[0])
     source = mask = None
     if first.dropout:
@@ -101,7 +101,7 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
     part, *more = lora
     if size > _SMALL_WEIGHT or more or x.numel() * weight.shape[0] > _SMALL:
         return None
-    if part.rows is not None or part.start is not None or part.dropout or weight.dtype is not part.a.dtype:
+    if part.rows is not None or part.dropout or weight.dtype is not part.a.dtype:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None

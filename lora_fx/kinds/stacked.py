@@ -1,7 +1,6 @@
 """Several parts of one adapter computed together: their A stacked, every B on its own rows.
 
-``h = x [A_1; A_2; ...]^T`` is one product; part i has its columns of h and its span of y's rows. A frozen
-start is a part that is taken off, in such a way that at the start exactly nothing is left.
+``h = x [A_1; A_2; ...]^T`` is one product; part i has its columns of h and its span of y's rows.
 """
 
 from __future__ import annotations
@@ -19,30 +18,25 @@ thin one's (of a rank under 8) sooner."""
 
 
 class Slot(NamedTuple):
-    """One part's place: its columns of h and of y; ``start`` is where its frozen start is in h."""
+    """One part's place: its columns of h and of y."""
 
     ranks: slice
     rows: slice
-    start: slice | None = None
 
 
 def stacked(lora: LiveParts, out: int) -> tuple[float, tuple[Slot, ...], Tensor, tuple[Tensor, ...]]:
-    """Return scale, slots, the stacked A and every B of several parts; a frozen start follows its part."""
+    """Return scale, slots, the stacked A and every B of several parts."""
     scale = lora[0].scale if all(part.scale == lora[0].scale for part in lora) else 1.0
     slots: list[Slot] = []
     stack: list[Tensor] = []
     bs: list[Tensor] = []
     offset = 0
     for part in lora:
-        spans: list[slice] = []
-        rows = slice(0, out)
-        for a, b in ((part.a, part.b), *(() if part.start is None else (part.start,))):
-            placed, rows = _placed(b if scale == part.scale else b * part.scale, part, out)
-            spans.append(slice(offset, offset + a.shape[0]))
-            stack.append(a)
-            bs.append(placed)
-            offset += a.shape[0]
-        slots.append(Slot(spans[0], rows, *spans[1:]))
+        placed, rows = _placed(part.b if scale == part.scale else part.b * part.scale, part, out)
+        slots.append(Slot(slice(offset, offset + part.a.shape[0]), rows))
+        stack.append(part.a)
+        bs.append(placed)
+        offset += part.a.shape[0]
     return scale, tuple(slots), stack[0] if len(stack) == 1 else torch.cat(stack), tuple(bs)
 
 
@@ -56,40 +50,24 @@ def _placed(b: Tensor, part: LivePart, out: int) -> tuple[Tensor, slice]:
 
 
 def add_parts(y: Tensor, h: Tensor, slots: tuple[Slot, ...], scale: float, bs: list[Tensor]) -> None:
-    """Add every part to its rows of y, in place; a part at its start adds exactly nothing."""
-    left = iter(bs)
-    for slot in slots:
-        rows, b = y[:, slot.rows], next(left)
-        if slot.start is None:
-            rows.addmm_(h[:, slot.ranks], b.t(), alpha=scale)
-        else:
-            rows.add_((h[:, slot.ranks] @ b.t()).sub_(h[:, slot.start] @ next(left).t()), alpha=scale)
+    """Add every part to its rows of y, in place."""
+    for slot, b in zip(slots, bs, strict=True):
+        y[:, slot.rows].addmm_(h[:, slot.ranks], b.t(), alpha=scale)
 
 
 def through_parts(g: Tensor, slots: tuple[Slot, ...], bs: list[Tensor]) -> Tensor:
-    """Return ``g B`` of every part side by side, starts with the opposite sign: (N, R)."""
-    left = iter(bs)
-    back: list[Tensor] = []
-    for slot in slots:
-        back.append(g[:, slot.rows] @ next(left))
-        if slot.start is not None:
-            back.append(-(g[:, slot.rows] @ next(left)))
-    return torch.cat(back, 1)
+    """Return ``g B`` of every part side by side: (N, R)."""
+    return torch.cat([g[:, slot.rows] @ b for slot, b in zip(slots, bs, strict=True)], 1)
 
 
 def part_gradients(
     g: Tensor, h: Tensor, slots: tuple[Slot, ...], scale: float, bs: list[Tensor], needs: list[bool]
 ) -> list[Tensor | None]:
-    """Return the gradient of every B; of starts, which are frozen, None."""
-    left = iter(zip(bs, needs, strict=True))
-    found: list[Tensor | None] = []
-    for slot in slots:
-        b, need = next(left)
-        found.append(outer(g[:, slot.rows], h[:, slot.ranks], scale, b) if need else None)
-        if slot.start is not None:
-            next(left)
-            found.append(None)
-    return found
+    """Return the gradient of every B, or None where it is not needed."""
+    return [
+        outer(g[:, slot.rows], h[:, slot.ranks], scale, b) if need else None
+        for slot, b, need in zip(slots, bs, needs, strict=True)
+    ]
 
 
 def outer(g: Tensor, h: Tensor, scale: float, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.linear import adapted_linear, composed_linear
 
 IN, OUT = 24, 36
-FORMS = ("one", "scaled", "rows", "pieces", "scales", "start")
+FORMS = ("one", "scaled", "rows", "pieces", "scales", "sum")
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,7 @@ def parts_of(form: str, dtype: torch.dtype) -> LiveParts:
         return (LivePart(*low_rank(4, 18, dtype), 0.5, ((0, 6), (12, 18), (24, 30))),)
     if form == "scales":
         return (LivePart(*low_rank(4, OUT, dtype), 0.5), LivePart(*low_rank(2, 12, dtype), 2.0, ((3, 15),)))
-    a, b = low_rank(4, OUT, dtype)
-    return (
-        LivePart(a, b, 2.0, None, 0.0, (torch.randn(4, IN, dtype=dtype), torch.randn(OUT, 4, dtype=dtype))),
-    )
+    return (LivePart(*low_rank(4, OUT, dtype), 2.0), LivePart(*low_rank(4, OUT, dtype), 2.0))
 
 
 def leaves(parts: LiveParts) -> list[Tensor]:
@@ -94,12 +91,7 @@ def test_large_gradients_of_b_take_the_other_orientation() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_start_is_bit_equal_to_the_base(form: str) -> None:
     (x, weight, bias), parts = inputs(torch.float32), parts_of(form, torch.float32)
-    parts = tuple(
-        part._replace(b=torch.zeros_like(part.b))
-        if part.start is None
-        else part._replace(start=(part.a, part.b))
-        for part in parts
-    )
+    parts = tuple(part._replace(b=torch.zeros_like(part.b)) for part in parts)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert torch.equal(adapted_linear(x, weight, bias, lora=parts), F.linear(x, weight, bias))

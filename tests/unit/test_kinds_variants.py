@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_fx
+from lora_fx.kinds.base import LivePart, since_start
+from lora_fx.kinds.effective import low_rank_delta
+from lora_fx.kinds.linear import adapted_linear, composed_linear
+from lora_fx.matrix import rows_form
 from tests.by_hand import branched, check, distance, randomise, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -153,3 +157,17 @@ def test_exported_graphs(name: str) -> None:
     assert distance(found, base) > 1e-3
     with lora_fx.folded(graph):
         assert distance(graph(x), found) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_start_adds_exactly_nothing_and_then_what_has_moved(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b, x = torch.randn(3, 5), torch.randn(7, 3), torch.randn(4, 5, dtype=dtype)
+    weight = torch.randn(7, 5, dtype=dtype)
+    at_start = since_start(LivePart(a, b, 0.5), (a.clone(), b.clone()))
+    assert torch.equal(composed_linear(x, weight, None, at_start), F.linear(x, weight))
+    assert torch.equal(adapted_linear(x, weight, lora=at_start), F.linear(x, weight))
+    a0, b0 = torch.randn(3, 5), torch.randn(7, 3)
+    form = rows_form((7, 5))
+    delta = sum(low_rank_delta(form, part) for part in since_start(LivePart(a, b, 0.5), (a0, b0)))
+    torch.testing.assert_close(delta, 0.5 * (b @ a - b0 @ a0))

@@ -1,0 +1,41 @@
+"""Verify tells rounding from a wrong gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_fx
+from lora_fx.passes import verify as verify_pass
+from lora_fx.passes.verify import _gradients
+from tests.property.building import build
+from tests.property.specs import Layer, ModelSpec
+
+
+def test_gradients_that_are_small_by_cancellation() -> None:
+    """Keys that a looped tanh has drawn together: the slopes of q and k are 1e-13 of the largest."""
+    layers = (Layer("fused", "looped", bias=False), Layer("mha_kdim", bias=False))
+    model, x = build(ModelSpec(layers, length=2, seed=1), torch.float64)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=1, init="orthogonal")), x, seed=1)
+    report = lora_fx.verify(model, x)
+    assert any(c.what.endswith("k_proj_weight") for c in report.comparisons)
+    report.raise_for_failure()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-9])
+def test_a_small_gradient_of_the_wrong_sign_is_found(size: float) -> None:
+    right: list[Tensor | None] = [torch.full((4,), size, dtype=torch.float64)]
+    wrong: list[Tensor | None] = [-right[0]] if right[0] is not None else []
+    held = frozenset({torch.float64})
+    assert _gradients("w", right, right, "eval", 1.0, held).ok
+    assert not _gradients("w", wrong, right, "eval", 1.0, held).ok
+
+
+def test_a_few_roundings_of_the_largest_gradient_are_no_difference() -> None:
+    step = torch.finfo(torch.float64).eps
+    right: list[Tensor | None] = [torch.full((1,), 1e-12, dtype=torch.float64)]
+    held = frozenset({torch.float64})
+    for roundings, fine in ((verify_pass._DISCOUNT, True), (4 * verify_pass._DISCOUNT, False)):
+        found: list[Tensor | None] = [torch.full((1,), 1e-12 + 0.9 * roundings * step, dtype=torch.float64)]
+        assert _gradients("w", found, right, "eval", 1.0, held).ok is fine
