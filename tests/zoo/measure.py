@@ -27,10 +27,10 @@ STAGES = ("build", "trace", "plan", "inject", "fold", "step", "roundtrip", "veri
 Row = dict[str, Any]
 
 
-def measure(name: str, *, onnx: bool = False, tell: Callable[[Row], None] = lambda row: None) -> Row:
+def measure(name: str, *, tell: Callable[[Row], None] = lambda row: None) -> Row:
     """Return one row of the table; ``tell`` hears the row after every stage, in case the next one hangs."""
     row: Row = {"name": name, "seconds": {}, "failed": {}}
-    subject = _Subject(row, tell)
+    subject = Subject(row, tell)
     built: Built | None = subject.stage("build", lambda: build(name))
     if built is None:
         return row
@@ -47,12 +47,12 @@ def measure(name: str, *, onnx: bool = False, tell: Callable[[Row], None] = lamb
     subject.stage("step", lambda: _step(model, inputs))
     subject.stage("roundtrip", lambda: _roundtrip(model, inputs))
     subject.stage("verify", lambda: _verify(model, inputs, row))
-    if onnx:
-        subject.stage("onnx", lambda: _onnx(model, inputs, row))
     return row
 
 
-class _Subject:
+class Subject:
+    """A row in the making: what is told after each stage, and what failed."""
+
     def __init__(self, row: Row, tell: Callable[[Row], None]) -> None:
         self.row, self.tell = row, tell
 
@@ -86,7 +86,7 @@ def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         return float_leaves(model(**inputs))
 
 
-def _facts(model: nn.Module, inputs: dict[str, Any], subject: _Subject) -> None:
+def _facts(model: nn.Module, inputs: dict[str, Any], subject: Subject) -> None:
     row = subject.row
     with torch.no_grad():
         row["seconds"]["forward"] = min(_timed(lambda: model(**inputs)) for _ in range(3))
@@ -256,10 +256,3 @@ def doubled(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in value.items()}
-
-
-def _onnx(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        certificate = lora_fx.export_onnx(model, Path(folder) / "folded.onnx", inputs)
-    row["certificate"] = certificate.to_json() if hasattr(certificate, "to_json") else None
-    certificate.raise_for_failure()

@@ -1,7 +1,8 @@
 """Run the zoo: a process per model, with a limit in seconds; every row goes into a file of JSON lines.
 
-``python -m tests.zoo.run --out artifacts/zoo/quick.jsonl [--match timm/*] [--onnx] [--workers 2]``.
-Rows that the file already holds are not measured again.
+``python -m tests.zoo.run --out artifacts/zoo/rows.jsonl [--match timm/*] [--workers 2]``; with ``--onnx``
+the ONNX files are measured instead, into a file of their own. Rows that the file already holds are not
+measured again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from tests import conftest  # noqa: F401 - torchvision, where its operators do not load
 from tests.zoo.catalogue import names
 from tests.zoo.measure import Row, measure
+from tests.zoo.measure_onnx import measure_onnx
 
 
 def rows(path: Path) -> list[Row]:
@@ -28,7 +30,7 @@ def rows(path: Path) -> list[Row]:
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for row in found:
-        if not row["failed"] and "verify" not in row["seconds"]:
+        if not row["failed"] and "onnx" not in row and "verify" not in row["seconds"]:
             row["failed"]["forward"] = "did not end"
     return list({row["name"]: row for row in found}.values())
 
@@ -82,7 +84,7 @@ class _Worker:
             self.row["failed"][stage] = (
                 f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
             )
-        if "verify" not in self.row["seconds"] and not self.row["failed"]:
+        if "onnx" not in self.row and "verify" not in self.row["seconds"] and not self.row["failed"]:
             self.row["failed"]["forward"] = "did not end" if late else "died"
         self.receiver.close()
         return {**self.row, "total": round(time.monotonic() - self.started, 2)}
@@ -90,7 +92,7 @@ class _Worker:
 
 def _work(name: str, onnx: bool, sender: Connection) -> None:
     try:
-        measure(name, onnx=onnx, tell=sender.send)
+        (measure_onnx if onnx else measure)(name, tell=sender.send)
     except BaseException:  # noqa: BLE001 - told to the parent
         sender.send({"name": name, "seconds": {}, "failed": {"harness": traceback.format_exc()[-600:]}})
     finally:
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--match", nargs="*", default=["*"])
     parser.add_argument("--names", type=Path, help="a file with one name a line")
-    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--onnx", action="store_true", help="measure the ONNX files, and nothing else")
     parser.add_argument(
         "--again", choices=("built", "all"), help="measure failed rows again: those that built, all"
     )
@@ -124,6 +126,8 @@ def _due(row: Row, again: str | None) -> bool:
 
 def _preload() -> None:
     """Import what every worker needs once, before forking."""
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
     import timm  # noqa: F401
     import torch
     import torchvision.models  # noqa: F401
