@@ -26,6 +26,7 @@ from lora_fx.kinds.base import (
     rows_index,
     shape_of,
 )
+from lora_fx.kinds.eager import plain_eager
 from lora_fx.kinds.fused_conv import fusable, fused_conv, geometry
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
@@ -82,7 +83,11 @@ def _adapted(dims: int) -> Branch:
         result: Tensor = conv(input, weight, bias, stride, padding, dilation, groups)
         for part in lora:
             update = _low_rank_conv(input, weight, part, _Geometry(stride, padding, dilation, groups))
-            result = add_rows(result, update, part.rows, result.dim() - dims - 1, part.scale)
+            if part.rows is None and plain_eager(input, weight, bias, part.a, part.b):
+                # In place, so that the memory format stays, by which the next convolution picks its kernel.
+                result = result.add_(update.to(result.dtype), alpha=part.scale)
+            else:
+                result = add_rows(result, update, part.rows, result.dim() - dims - 1, part.scale)
         return result
 
     adapted_conv.__name__ = adapted_conv.__qualname__ = f"adapted_conv{dims}d"

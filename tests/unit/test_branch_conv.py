@@ -127,3 +127,11 @@ def test_few_places_take_the_branch() -> None:
     how = fused_conv.geometry(2, 1, 0, 1, 1)
     assert how is not None
     assert not fused_conv.fusable(x, weight, bias, (LivePart(a, b, 1.0),), how)
+
+
+def test_the_branch_keeps_the_memory_format_of_a_single_place() -> None:
+    weight = torch.randn(8, 4, 1, 1)
+    x = torch.randn(2, 4, 1, 1).as_strided((2, 4, 1, 1), (4, 1, 4, 4))  # channels last, where strides say it
+    part = LivePart(torch.randn(2, 4), torch.randn(8, 2), 1.0)
+    wanted = F.conv2d(x, weight)
+    assert adapted_conv2d(x, weight, lora=(part,)).stride() == wanted.stride()
