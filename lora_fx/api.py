@@ -337,7 +337,7 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
     elif any(p.device.type == "meta" for p in model.parameters()):
         known.probe = "not probed: the model is on the meta device"
     else:
-        result = probe(model, adapter, lambda: model(*traced.args, **traced.kwargs))
+        result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:
             silent = ", ".join(result.without_effect[:3])

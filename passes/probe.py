@@ -4,6 +4,9 @@ All adapters are filled with random values and the injected model is run; then t
 added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run.
 The two outputs must agree. Every adapter must also receive a gradient wherever full fine-tuning of
 its weight would. Everything is put back.
+
+A model that chooses by comparing numbers (the best proposals of a detector) may answer a rounding with
+another choice. Where the base itself does so, float64 decides, in which a fault stays and rounding goes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
 from lora_fx.passes.fold import folded
+from lora_fx.passes.onnx_inputs import map_tensors
+from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.slopes import float_leaves, outputs_and_slopes
@@ -26,11 +31,14 @@ from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
 
 Runner = Callable[[], Any]
 """Runs the model once on its example inputs."""
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 _PROBE_SIZE = 0.1
 """The probe's delta, as a share of the weight's own norm."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest allowed |injected - reference| / |reference| by norm, per dtype of the output."""
+_NUDGE = 16.0
+"""Roundings by which every weight is moved to see whether the model answers them with leaps."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class ProbeResult:
     without_effect: tuple[str, ...]
 
 
-def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
+def probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
     """Check one adapter on one run of the model.
 
     Raises:
@@ -56,7 +64,7 @@ def probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
         attention_spelt_out(),
         random_adapters(model, adapter),
     ):
-        return _probe(model, adapter, run)
+        return _probe(model, adapter, inputs)
 
 
 @contextmanager
@@ -73,7 +81,10 @@ def held_active(model: nn.Module, adapter: str) -> Generator[None]:
         vars(record.state).update(before)
 
 
-def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
+def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
+    def run() -> Any:
+        return model(*inputs[0], **inputs[1])
+
     outputs, silent = _run_with_gradients(model, adapter, run)
     deaf = sorted(_learning(model, adapter, run, set(silent))) if silent else []
     if deaf:
@@ -85,6 +96,8 @@ def _probe(model: nn.Module, adapter: str, run: Runner) -> ProbeResult:
         )
     reference = _run_with_weights_replaced(model, adapter, run)
     difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
+    if difference > tolerance and _leaps(model, adapter, run, reference):
+        difference, tolerance = _compared_in_float64(model, adapter, inputs) or (difference, tolerance)
     if difference > tolerance:
         raise ProbeError(
             _disagreeing(model, adapter, run) or "the adapters together",
@@ -151,7 +164,11 @@ def _sensitive(module: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
 
 
 def _run_with_weights_replaced(
-    model: nn.Module, adapter: str, run: Runner, only: str | None = None
+    model: nn.Module,
+    adapter: str,
+    run: Runner,
+    only: str | None = None,
+    nudged: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> list[Tensor]:
     """Run the base with ``W`` written into the very tensors of ``W0``, then write the bits back."""
     found = changes(model, adapter)
@@ -159,13 +176,42 @@ def _run_with_weights_replaced(
     try:
         for change in found.values():
             if only is None or only in change.names:
-                change.before.copy_(change.after)
+                change.before.copy_(nudged(change.after))
         # With gradients, for a forward that takes some itself.
         with preserved(model), disable_adapter(model), torch.enable_grad():
             return [o.detach() for o in float_leaves(run())]
     finally:
         for name, change in found.items():
             change.before.copy_(kept[name])
+
+
+def _leaps(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor]) -> bool:
+    """Say whether a few roundings of the weights alone move the base's outputs beyond the tolerance."""
+    generator = torch.Generator().manual_seed(1)
+
+    def nudged(weight: Tensor) -> Tensor:
+        noise = torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device) - 0.5
+        return weight * (1 + _NUDGE * torch.finfo(weight.dtype).eps * noise).to(weight.dtype)
+
+    moved = _run_with_weights_replaced(model, adapter, run, nudged=nudged)
+    difference, tolerance = compare(moved, reference, weight_dtypes(model, adapter))
+    return difference > tolerance
+
+
+def _compared_in_float64(model: nn.Module, adapter: str, inputs: Inputs) -> tuple[float, float] | None:
+    """Compare once more in float64; None where the model does not run in it."""
+    args, kwargs = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
+
+    def run() -> Any:
+        return model(*args, **kwargs)
+
+    with cast_state(model, torch.float64):
+        try:
+            with preserved(model), torch.enable_grad():
+                outputs = [o.detach() for o in float_leaves(run())]
+            return compare(outputs, _run_with_weights_replaced(model, adapter, run))
+        except RuntimeError:  # what torch raises on dtypes that do not meet: the model has its own
+            return None
 
 
 def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:

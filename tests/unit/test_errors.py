@@ -175,6 +175,25 @@ def test_the_probe_refuses_a_weight_that_is_read_past_its_module() -> None:
     watch.check()
 
 
+class _Leaping(nn.Module):
+    """Answers a rounding of its layer's result with another output, as a choice between equals does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e5 * self.inner(x))
+
+
+def test_the_probe_tells_a_leap_at_a_rounding_from_a_fault() -> None:
+    torch.manual_seed(0)
+    leaping = lora_fx.inject(_Leaping(nn.Linear(6, 40)), Policy(Rule(rank=2)), X)
+    assert len(lora_fx.parameters(leaping)) == 2
+    with pytest.raises(lora_fx.ProbeError, match=r"linear\.weight"):
+        lora_fx.inject(_Leaping(_CachedView()), Policy(Rule(rank=2)), X)
+
+
 class _NoEffect(nn.Module):
     """The second layer's result is multiplied by zero."""
 
