@@ -11,6 +11,8 @@ from lora_fx.plans import Decision, Form, Part, Reason
 from lora_fx.policy import Rule, Skip, Train
 from lora_fx.sites import NO_EFFECT, OTHER, Site
 
+_ADAPTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
+
 
 def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) -> Decision:
     """Decide one site from the rules that claimed its rows."""
@@ -27,8 +29,8 @@ def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) 
 
     if not wanted:
         return skip(Reason.SKIP_RULE, _skipped_rows(claims)) if claims else skip(Reason.NO_RULE, "")
-    if "float" not in site.dtype:
-        return skip(Reason.NOT_FLOAT, f"{site.dtype} cannot be trained")
+    if site.dtype not in _ADAPTABLE:
+        return skip(Reason.NOT_FLOAT, _dtype_obstacle(site.dtype))
     if isinstance(wanted[0].rule, Train) and site.shape:
         # A trained copy needs no multiplication: what cannot be adapted can still be trained.
         reason = Reason.TWIN if twin else Reason.RULE
@@ -40,6 +42,15 @@ def decide(site: Site, facts: Site, claims: tuple[Claim, ...], *, traced: bool) 
     if obstacle is not None:
         return skip(*obstacle)
     return _adapt(site, facts, wanted, rule_text, origin)
+
+
+def _dtype_obstacle(dtype: str) -> str:
+    """Say why weights of a dtype get no adapter."""
+    if dtype.startswith("complex"):
+        return f"{dtype}: adapters and trained copies are real"
+    if dtype.startswith("float"):
+        return f"{dtype} would round every small delta away"
+    return f"{dtype} cannot be trained"
 
 
 def _obstacle(site: Site, facts: Site, *, traced: bool) -> tuple[Reason, str] | None:

@@ -39,7 +39,7 @@ class Reason(StrEnum):
     NO_RULE = "no-rule"  # no rule matched
     NOT_REACHED = "not-reached"  # the run did not use it, and it has no twin
     NO_EFFECT = "no-effect"  # its uses reach no output of the run, or pass no gradient
-    NOT_FLOAT = "not-float"  # its dtype cannot be trained
+    NOT_FLOAT = "not-float"  # its dtype takes no adapter
     UNFIT = "unfit"  # the kind cannot be adapted; the detail says why
     NO_BUDGET = "no-budget"  # the budget leaves no rank for it
 

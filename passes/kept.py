@@ -1,13 +1,15 @@
 """Effective weights kept between forwards that nothing is trained in, as generation runs them.
 
 A weight is kept for a module in eval mode, without gradients, on the CPU, until anything it was computed
-from changes: W0, A, B (by identity, memory and version; A, B and magnitudes by their values too, since
-``.data`` writes pass versions by) or inference mode. Any other use drops it. What is kept costs one copy
-of W0's memory.
+from changes: W0, A, B (by identity, memory and version) or inference mode. Writes through ``.data`` pass
+versions by, so A, B and magnitudes are compared by value too, and of W0 one element in every row and in
+every column is: a ``.data`` write of less than a row or a column of W0 may go unseen until the next
+training step. Any other use drops what is kept. It costs one copy of W0's memory.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,16 +50,32 @@ def kept(
             del _weights[module]
         return compute()
     held = _weights.setdefault(module, {})
+    values = (*small, _crossing(base))
     found, stamp = held.get(name), tuple((id(t), t.data_ptr(), t._version) for t in (base, *small))
     inference = torch.is_inference_mode_enabled()
     if (
         found is None
         or (found.inference, found.scale, found.stamp) != (inference, scale, stamp)
-        or not all(torch.equal(t, value) for t, value in zip(small, found.values, strict=True))
+        or not all(torch.equal(t, value) for t, value in zip(values, found.values, strict=True))
     ):
-        values = tuple(t.detach().clone() for t in small)
-        found = held[name] = _Kept(inference, scale, stamp, values, compute())
+        copies = tuple(t.detach().clone() for t in values)
+        found = held[name] = _Kept(inference, scale, stamp, copies, compute())
     return found.weight
+
+
+def _crossing(base: Tensor) -> Tensor:
+    """Return a view of the weight that meets every row and every column, as a diagonal does.
+
+    Of a contiguous ``(n, m)``, every k-th element: k at most n and m, and without a divisor in common with
+    m, so that all columns come in turn.
+    """
+    if not base.is_contiguous() or base.dim() == 0:
+        return base
+    columns = base.numel() // max(base.shape[0], 1)
+    step = min(base.shape[0], columns)
+    while step > 1 and math.gcd(step, columns) > 1:
+        step -= 1
+    return base.detach().view(-1)[:: max(step, 1)]
 
 
 def _may_keep(module: nn.Module, tensors: tuple[Tensor, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ def outputs_and_slopes(
     if total is None:
         return outputs, None
     try:
-        return outputs, list(torch.autograd.grad(total, list(wanted), allow_unused=True))
+        return outputs, _dense(torch.autograd.grad(total, list(wanted), allow_unused=True))
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
@@ -33,7 +33,12 @@ def outputs_and_slopes(
     assert total is not None
     with _gradients_kept([*model.parameters(), *wanted, *_leaves(total)]):
         torch.autograd.backward(total)
-        return outputs, [None if t.grad is None else t.grad.clone() for t in wanted]
+        return outputs, _dense(None if t.grad is None else t.grad.clone() for t in wanted)
+
+
+def _dense(slopes: Iterable[Tensor | None]) -> Slopes:
+    """Spell out what a sparse embedding gives its own weight; products take no sparse operand everywhere."""
+    return [s.to_dense() if s is not None and s.is_sparse else s for s in slopes]
 
 
 def _run(run: Callable[[], Any]) -> tuple[list[Tensor], Tensor | None]:

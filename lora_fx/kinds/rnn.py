@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.kinds.base import Call, Kind, Operand, shape_of
@@ -135,9 +136,11 @@ def _refer_to_base(self: nn.RNNBase) -> None:
 
     A weight that is computed (by a parametrization) stays what it was: the own class computes it anew.
     """
+    if torch.compiler.is_compiling():
+        return  # the program that is captured reads the computed list, and nothing of this one
     own: Mapping[str, Tensor | None] = vars(self)["_parameters"]
     names, kept = _flat_names(self), vars(self)[_FLAT_WEIGHTS]
-    weights = [own.get(name, _detached(old)) for name, old in zip(names, kept, strict=True)]
+    weights = [own[n] if n in own else _detached(old) for n, old in zip(names, kept, strict=True)]
     vars(self)[_FLAT_WEIGHTS] = weights
     vars(self)["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
 

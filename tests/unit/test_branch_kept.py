@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_fx
-from lora_fx.passes import runtime
+from lora_fx.passes import kept, runtime
 
 
 class Functional(nn.Module):
@@ -64,6 +64,9 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "A past its version": lambda m: named(m, "lora_A").data.mul_(2),
     "B past its version": lambda m: named(m, "lora_B").data.fill_(1),
     "W0 in place": lambda m: named(m, "proj.weight").mul_(2),
+    "W0 past its version": lambda m: named(m, "proj.weight").data.mul_(2),
+    "a row of W0 past its version": lambda m: named(m, "proj.weight").data[4].mul_(2),
+    "a column of W0 past its version": lambda m: named(m, "proj.weight").data[:, 7].mul_(2),
     "W0 replaced": lambda m: setattr(named(m, "proj.weight"), "data", torch.randn(6, 8)),
     "state loaded": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
 }
@@ -116,3 +119,12 @@ def test_switching_is_seen(model: nn.Module) -> None:
         lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=1)), x, adapter="other", seed=1)
         lora_fx.set_adapter(model, "other")
         assert not torch.allclose(model(x), adapted)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (8, 8), (1, 5), (5, 1), (4, 3, 2), (7, 64), (64, 7)])
+def test_every_row_and_column_of_the_base_is_looked_at(shape: tuple[int, ...]) -> None:
+    base = torch.zeros(shape)
+    kept._crossing(base).fill_(1)
+    matrix = base.reshape(shape[0], -1)
+    assert matrix.any(0).all()
+    assert matrix.any(1).all()

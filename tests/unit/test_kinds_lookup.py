@@ -70,6 +70,13 @@ def test_sparse_embeddings_train_dense_adapters() -> None:
     assert all(not p.grad.is_sparse for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_embeddings_are_verified(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(layer(7, 5, sparse=True), nn.Tanh()).double()
+    adapt(model)
+    check(model, IDS)
+
+
 @pytest.mark.parametrize("layer", [nn.Embedding(7, 5, max_norm=1.0), nn.EmbeddingBag(7, 5, max_norm=1.0)])
 def test_max_norm_is_unfit(layer: nn.Module) -> None:
     kind = BY_NAME[owned_forms(layer)["weight"][0]]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import lora_fx
 from lora_fx.passes.fold import base_only, fold, folded
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import INJECTED
-from tests.by_hand import adapt, check, distance, owned_forms, run
+from tests.by_hand import adapt, check, distance, owned_forms, randomise, run
 
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),
@@ -137,6 +138,17 @@ def test_an_assigned_weight_is_the_new_base() -> None:
     torch.testing.assert_close(model.weight_hh_l0, new + delta)
     assert distance(run(model, x), before) > 1e-3
     check(model, x)
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_an_injected_recurrence_is_exported(parametrized: bool) -> None:
+    model, x = nn.Sequential(nn.GRU(4, 3)).double(), torch.randn(6, 3, 4, dtype=torch.float64)
+    if parametrized:
+        nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    randomise(model)
+    program = torch.export.export(model, (x,))
+    assert distance(program.module()(x), model(x)) < 1e-12
 
 
 def _base(model: nn.Module) -> list[nn.Parameter | None]:

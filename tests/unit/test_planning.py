@@ -586,3 +586,17 @@ def test_rows_are_subtracted_as_sets(left, right):
 
     a, b = disjoint(left), disjoint(right)
     assert members(subtract_rows(a, b)) == members(a) - members(b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        ("complex64", "adapters and trained copies are real"),
+        ("float8_e4m3fn", "would round every small delta away"),
+        ("int8", "cannot be trained"),
+    ],
+)
+def test_dtypes_that_take_no_adapter_are_skipped_with_the_true_reason(dtype, why):
+    decision = plan([site("w", dtype=dtype), site("v")], Policy(Rule()))["w"]
+    assert (decision.action, decision.reason) == ("skip", Reason.NOT_FLOAT)
+    assert why in decision.detail
