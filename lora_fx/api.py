@@ -29,7 +29,7 @@ from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
-from lora_fx.passes.wrapped import refuse_lazy, refuse_wrapped
+from lora_fx.passes.wrapped import refuse_lazy, refuse_parts, refuse_wrapped
 from lora_fx.planning import make_plan
 from lora_fx.plans import Extra, Plan
 from lora_fx.policy import Policy
@@ -90,6 +90,7 @@ def inject(
     source = _source(model_or_trace)
     model = _module(source)
     refuse_wrapped(model)
+    refuse_parts(model)
     insert_pass.check_name(adapter, injected(model))
     if isinstance(policy_or_plan, Plan):
         decided, traced = policy_or_plan, _trace_of(source, example_inputs)
@@ -208,6 +209,7 @@ def load_adapter(
         adapter_io.refill(model, file, adapter, trainable=trainable, base_check=base_check)
         return model
     refuse_wrapped(model)
+    refuse_parts(model)
     insert_pass.check_name(adapter, injected(model))
     file.check_base(insert_pass.base_tensors(model), base_check)
     adapter_io.install(model, file, adapter, trainable=bool(trainable))
@@ -284,6 +286,7 @@ def _shows_adapters(source: Trace) -> bool:
 def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Trace | None]:
     model = _module(source)
     refuse_lazy(model)
+    refuse_parts(model)
     traced = _trace_of(source, example_inputs)
     with fold_pass.base_only(model):
         sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))

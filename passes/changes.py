@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import AdapterValueError
 from lora_fx.matrix import columns_form, rows_form
+from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import SiteSpec, effective, raw
 from lora_fx.passes.sharded import reshard, whole
 from lora_fx.passes.switch import adapter_sites, require
@@ -77,9 +78,12 @@ def sums_and_changes(model: nn.Module, adapter: str) -> tuple[list[Sum], Mapping
     """
     sums: list[Sum] = []
     others: dict[str, Change] = {}
+    found_weights = _weights(model, adapter)
+    shared = _in_other_hands(model, adapter, found_weights)
     with torch.no_grad():
-        for names, module, attribute, spec in _weights(model, adapter):
-            found = _sums(module, attribute, spec, names[0])
+        for names, module, attribute, spec in found_weights:
+            apart = id(raw(module, attribute)) in shared
+            found = None if apart else _sums(module, attribute, spec, names[0])
             if found is None:
                 others[names[0]] = replace(_change(module, attribute, spec, names[0]), names=names)
             else:
@@ -87,12 +91,35 @@ def sums_and_changes(model: nn.Module, adapter: str) -> tuple[list[Sum], Mapping
     return sums, others
 
 
-def _weights(model: nn.Module, adapter: str) -> list[tuple[tuple[str, ...], nn.Module, str, SiteSpec]]:
-    """Return (all names, an owner, its attribute, the spec) of each weight, tied ones once."""
-    found: dict[int, tuple[tuple[str, ...], nn.Module, str, SiteSpec]] = {}
+_Weight = tuple[tuple[str, ...], nn.Module, str, SiteSpec]
+"""All names, an owner, its attribute, the spec."""
+
+
+def weight_key(module: nn.Module, attribute: str, spec: SiteSpec) -> tuple[int, ...]:
+    """Return what two owners have in common whose weight is one: ``W0`` and its adapter's tensors.
+
+    Weights that were tied after ``inject`` share ``W0`` and have an adapter each: they are two.
+    """
+    return id(raw(module, attribute)), *(id(raw(module, name)) for name in spec.names)
+
+
+def _in_other_hands(model: nn.Module, adapter: str, weights: list[_Weight]) -> set[int]:
+    """Return which ``W0`` some owner reads with another adapter, or with none: not to be written into."""
+    keys: dict[int, set[tuple[int, ...] | None]] = {id(raw(m, a)): set() for _, m, a, _ in weights}
+    specs = {(id(m), a): weight_key(m, a, spec) for _, m, a, spec in adapter_sites(model, adapter)}
+    for module in model.modules():
+        for attribute, parameter in own_parameters(module).items():
+            if id(parameter) in keys:
+                keys[id(parameter)].add(specs.get((id(module), attribute)))
+    return {base for base, found in keys.items() if len(found) > 1}
+
+
+def _weights(model: nn.Module, adapter: str) -> list[_Weight]:
+    """Return each weight that an adapter changes, tied ones once."""
+    found: dict[tuple[int, ...], _Weight] = {}
     for path, module, attribute, spec in adapter_sites(model, adapter):
         name = f"{path}.{attribute}" if path else attribute
-        key = id(raw(module, attribute))
+        key = weight_key(module, attribute, spec)
         names = (*found[key][0], name) if key in found else (name,)
         found[key] = (names, *(found[key][1:] if key in found else (module, attribute, spec)))
     return list(found.values())

@@ -20,6 +20,8 @@ _HARMLESS = frozenset({"retain_grad", "share_memory_"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 """What hangs on a tensor that nobody reads again, and would never fire."""
 _ARRAYS = frozenset({"numpy", "__array__"})
+_SHARED = frozenset({"__dlpack__"})
+"""What hands the memory itself to another library, which may write into it: take a clone's."""
 
 
 _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
@@ -40,24 +42,33 @@ class EffectiveWeight(Tensor):
         """Compute as on a plain tensor; refuse what would write into the weight."""
         del types
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # an overload's: "fill_.Scalar"
         if _writes(name, args, kwargs):
-            raise WeightWriteError(
-                f"Tensor.{name}",
-                expected="a write to the base weight W0",
-                got="a write to the effective weight W, which is computed anew at each reading",
-                advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
-            )
+            raise _refusal(name)
         with _plainly():
             result = func(*args, **kwargs)
         if name in _ARRAYS and isinstance(result, np.ndarray):
             result.flags.writeable = False
         return _guard_views(result, args)
 
+    def set_(self, *source: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        """Raise: torch does not ask ``__torch_function__`` about this write."""
+        del source, named
+        raise _refusal("set_")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the values as a plain tensor."""
         del memo
         return self.detach().as_subclass(Tensor).clone()
+
+
+def _refusal(name: str) -> WeightWriteError:
+    return WeightWriteError(
+        f"Tensor.{name}",
+        expected="a write to the base weight W0",
+        got="a write to the effective weight W, which is computed anew at each reading",
+        advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
+    )
 
 
 def _guard_views(result: Any, args: Sequence[Any]) -> Any:
@@ -112,6 +123,7 @@ def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return (
         in_place
         or name in _HOOKS
+        or name in _SHARED
         or name in {"__setitem__", "__set__"}
         or (name.startswith("__i") and name in _IN_PLACE)
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.passes.changes import weight_key
 from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.probe import held_active, random_adapters, tolerance_of, weight_dtypes
@@ -188,12 +189,12 @@ def _effective_weights(
     model: nn.Module, adapter: str
 ) -> Iterator[tuple[str, tuple[Tensor, list[nn.Parameter]]]]:
     """Yield (first name, (W with its graph, the adapter's trained Parameters)) of every base weight."""
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for path, module, attribute, spec in adapter_sites(model, adapter):
-        base = raw(module, attribute)
-        if id(base) in seen:
+        key = weight_key(module, attribute, spec)
+        if key in seen:
             continue
-        seen.add(id(base))
+        seen.add(key)
         parameters = [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
         with torch.enable_grad(), _trainable(parameters):
             weight = effective(module, attribute, spec)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lora_fx.errors import PlanError, WrappedModelError
+from lora_fx.passes.runtime import binding, injected
 from lora_fx.passes.sharded import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -42,6 +43,24 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
     """Return accelerate's hooks of a module: one, or the parts of a sequence."""
     hook = module.__dict__.get("_hf_hook")
     return (hook, *getattr(hook, "hooks", ()))
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise if a part of the model has adapters of its own, or shares those of what it is a part of.
+
+    Raises:
+        PlanError: adapters were injected into a part of the model, or into a whole that it is part of.
+    """
+    record = injected(model)
+    for path, module in model.named_modules():
+        held = binding(module)
+        if held is not None and (record is None or held.state is not record.state):
+            raise PlanError(
+                path or "the model",
+                expected="adapters of the whole model, or none",
+                got="adapters that were injected into a part of it, or into what it is a part of",
+                advice="Inject into the whole model, with Skip for what is to stay, or unload first.",
+            )
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -53,6 +53,18 @@ def test_a_module_under_two_names_is_adapted_once() -> None:
     check(model, X)
 
 
+@pytest.mark.parametrize("first", ["part", "whole"])
+def test_a_part_and_its_whole_cannot_both_be_injected(first: str) -> None:
+    part = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+    whole = nn.Sequential(part, nn.Linear(5, 2)).double()
+    one, other = (part, whole) if first == "part" else (whole, part)
+    wanted = run(injected(one, X), X)
+    for refused in (lora_fx.plan, lora_fx.inject):
+        with pytest.raises(lora_fx.PlanError, match="adapters of the whole model, or none"):
+            refused(other, EVERYTHING, X)
+    assert torch.equal(run(one, X), wanted)
+
+
 class Regularised(nn.Module):
     """Reads its weights in Python: their type, their values in the loss, their shape."""
 

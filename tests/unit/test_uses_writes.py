@@ -55,6 +55,9 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "strided": lambda w: w.data.as_strided((2,), (1,)).zero_(),
     "many at once": no_grad(lambda w: torch._foreach_zero_([w])),
     "an activation in place": no_grad(lambda w: torch.nn.functional.relu(w, inplace=True)),
+    "another memory": lambda w: w.data.set_(torch.zeros_like(w)),
+    "an overload": no_grad(lambda w: torch.ops.aten.fill_.Scalar(w, 0.0)),
+    "another library": lambda w: torch.from_dlpack(w.detach()).zero_(),
     "resized": lambda w: w.data.resize_(2, 2),
     "the flag": lambda w: w.requires_grad_(False),
     "the flag as an attribute": lambda w: setattr(w, "requires_grad", False),
@@ -130,6 +133,21 @@ def test_assigning_one_of_two_tied_weights_unties_them() -> None:
     model.head.weight = nn.Parameter(torch.randn(13, 8).double())
     check(model, IDS)
     assert not shares(model)
+
+
+@pytest.mark.parametrize("adapted", ["both", "one"])
+def test_weights_tied_after_inject_keep_an_adapter_each(adapted: str) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double(), torch.randn(3, 5).double()
+    rules = (lora_fx.Rule(rank=2),) if adapted == "both" else (lora_fx.Skip(name="2.*"), lora_fx.Rule(rank=2))
+    lora_fx.inject(model, lora_fx.Policy(*rules), x, seed=0)
+    randomise(model)
+    model[2].weight = model.get_parameter("0.weight")
+    check(model, x)
+    wanted, apart = run(model, x), model[0].weight.detach() - model[2].weight.detach()
+    assert apart.norm() > 1e-3
+    lora_fx.fold(model)
+    assert distance(run(model, x), wanted) < 1e-12
+    torch.testing.assert_close(model[0].weight.detach() - model[2].weight.detach(), apart)
 
 
 def test_a_state_dict_of_the_base_or_of_the_whole() -> None:
