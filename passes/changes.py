@@ -31,13 +31,15 @@ _SAFE = 1e30
 class Change:
     """One parameter that folding changes: all its names, ``W0`` and ``W``, same shape and dtype.
 
-    ``retained`` is the share of the delta that ``W`` holds after the cast to its dtype.
+    ``retained`` is the share of the delta that ``W`` holds after the cast to its dtype. ``apart`` says that
+    other owners of ``W0`` read it with another adapter, or with none: it must stay as it is for them.
     """
 
     names: tuple[str, ...]
     before: Tensor
     after: Tensor
     retained: float = 1.0
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def sums_and_changes(model: nn.Module, adapter: str) -> tuple[list[Sum], Mapping
             apart = id(raw(module, attribute)) in shared
             found = None if apart else _sums(module, attribute, spec, names[0])
             if found is None:
-                others[names[0]] = replace(_change(module, attribute, spec, names[0]), names=names)
+                change = _change(module, attribute, spec, names[0])
+                others[names[0]] = replace(change, names=names, apart=apart)
             else:
                 sums += found
     return sums, others

@@ -171,11 +171,11 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
 def _write(model: nn.Module, change: Change) -> None:
     """Write ``W`` to where ``W0`` lies, so that lists of references (a recurrence's) stay true.
 
-    Where that memory cannot be written to, the parameter is replaced.
+    Where that memory cannot be written to, or is read by others too, the parameter is replaced.
     """
     lies = change.before
     repeated = any(step == 0 and size > 1 for step, size in zip(lies.stride(), lies.shape, strict=True))
-    if type(lies) is not Tensor or lies.is_inference() or repeated:
+    if change.apart or type(lies) is not Tensor or lies.is_inference() or repeated:
         _place(model, dict.fromkeys(change.names, change.after), [])
     else:
         lies.copy_(change.after)
