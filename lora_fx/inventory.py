@@ -6,10 +6,12 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_fx.policy import Filters, choices
 from lora_fx.sites import Site
+from lora_fx.tables import ranges_text
 
 _SHOWN = 8
 
@@ -55,7 +57,7 @@ def nearest(rule: Filters, sites: Sequence[Site], names: Iterable[str]) -> str:
         for value in choices(values)
         if not any(map(only(what, value).matches, sites))
     ]
-    depths = [] if rule.depth is None else [_depths(sites)]
+    depths = [] if rule.depth is None else [_depths(rule, sites)]
     return " ".join(hint for hint in [*hints, *depths] if hint)
 
 
@@ -85,10 +87,29 @@ def _hint(what: str, value: str, candidates: set[str]) -> str:
     return f"Nearest to {what}={value!r}: {', '.join(by_case[c] for c in close)}."
 
 
-def _depths(sites: Sequence[Site]) -> str:
-    blocks = max((site.block[1] for site in sites if site.block is not None), default=0)
-    known = sum(site.depth is not None for site in sites)
-    return f"Depth is known of {known} weights; blocks: {blocks}."
+def _depths(rule: Filters, sites: Sequence[Site]) -> str:
+    """Say at which depths the weights lie that a rule's other filters match, or all of the model's."""
+    asked = replace(rule, depth=None)
+    there = [site for site in sites if asked.matches(site)]
+    if not there:
+        return ""  # the depth is not what is wrong
+    which = "the model's weights" if len(there) == len(sites) else "the weights that the other filters match"
+    if isinstance(rule.depth, int):
+        blocks = sorted({site.block[0] for site in there if site.block is not None})
+        total = max((site.block[1] for site in sites if site.block is not None), default=0)
+        if not blocks:
+            return f"Of {total} blocks, none holds any of {which}: give depth as a share, (low, high)."
+        return f"Of {total} blocks, {which} lie in {ranges_text(blocks)} (counted from 0)."
+    depths = sorted({site.depth for site in there if site.depth is not None})
+    if len(depths) > _SHOWN and isinstance(rule.depth, tuple):
+        low, high = rule.depth
+        below, above = [d for d in depths if d < low], [d for d in depths if d > high]
+        near = " and ".join(f"{d:.3g}" for d in (*below[-1:], *above[:1]))
+        return (
+            f"Depths of {which} go from {depths[0]:.3g} to {depths[-1]:.3g} in {len(depths)} steps; "
+            f"the nearest to {rule.depth} are {near}."
+        )
+    return f"Depths of {which}: {', '.join(f'{d:.3g}' for d in depths) or 'none is known'}."
 
 
 def _prefix(name: str) -> str:

@@ -59,6 +59,7 @@ def check_rules(
                     f"decides are skipped, {first.name} for one: {first.reason}, {first.detail}"
                 )
         notes += _idle_choices(rule, facts, names)
+        notes += _too_many_blocks(rule, matched)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=4)
     return notes
@@ -80,6 +81,15 @@ def _idle_choices(rule: AnyRule, facts: Sequence[Site], names: Sequence[str]) ->
             hint = nearest(single, facts, names)
             notes.append(f"{field_name}={value!r} in {rule.describe()} matches no weight. {hint}".rstrip())
     return notes
+
+
+def _too_many_blocks(rule: AnyRule, matched: Sequence[Site]) -> list[str]:
+    """Say that a rule asks for more blocks than there are, and so for all of them."""
+    total = max((site.block[1] for site in matched if site.block is not None), default=0)
+    if not isinstance(rule.depth, int) or abs(rule.depth) <= total or not total:
+        return []
+    end = "first" if rule.depth > 0 else "last"
+    return [f"{rule.describe()} asks for the {end} {abs(rule.depth)} blocks, and the model has {total}: all"]
 
 
 def _matches_nothing(rule: AnyRule, facts: Sequence[Site], names: Sequence[str]) -> PolicyError:

@@ -212,8 +212,12 @@ def name_pattern(names: Sequence[str], *, wild: bool = False) -> str:
 
 
 def _numbers(column: Sequence[str]) -> str:
-    """Return numbers as ranges: ``0-3,5``."""
-    values = sorted({int(value) for value in column})
+    """Return numbers, however often they stand there, as ranges."""
+    return ranges_text(sorted({int(value) for value in column}))
+
+
+def ranges_text(values: Sequence[int]) -> str:
+    """Return ascending numbers as ranges: ``0-3,5``."""
     ranges: list[list[int]] = []
     for value in values:
         if ranges and value == ranges[-1][1] + 1:

@@ -19,6 +19,7 @@ from torch import fx
 from lora_fx.kinds.base import shape_of
 from lora_fx.passes.flow import Flow, is_floating
 from lora_fx.passes.op_groups import FUSED_ATTENTION, HEAD_MIXING, PRODUCTS, SOFTMAX, TRANSPARENT_TO_SCORES
+from lora_fx.passes.softmax import softmax_of
 
 
 @dataclass(frozen=True)
@@ -101,40 +102,8 @@ def _attention(flow: Flow, node: fx.Node) -> Attention | None:
             return None
         masks = tuple(n for n in node.all_input_nodes if n not in operands and is_floating(n))
         return Attention(node, values=(operands[2],), outputs=(node,), masks=masks)
-    softmax = softmax_of(node)
+    softmax = softmax_of(node, flow)
     return None if softmax is None else _around_softmax(flow, node, *softmax)
-
-
-def softmax_of(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """Return what a node is the softmax of, and over which dimension; None where it is none.
-
-    ``exp(x - logsumexp(x))`` and ``exp(x) / sum(exp(x))`` are softmaxes too.
-    """
-    op = node.meta.get("op")
-    if op in SOFTMAX:
-        return node.all_input_nodes[0], _dimension(node)
-    if op not in {"exp", "div"}:
-        return None
-    above = node.args[0]
-    if not isinstance(above, fx.Node):
-        return None
-    whole = above.args if op == "exp" else node.args
-    total = whole[1] if len(whole) > 1 else None
-    if not isinstance(total, fx.Node) or not above.all_input_nodes:
-        return None
-    spelled = (above.meta.get("op"), total.meta.get("op")) == (
-        ("sub", "logsumexp") if op == "exp" else ("exp", "sum")
-    )
-    summed = above.args[0] if op == "exp" else above
-    if not spelled or total.args[0] is not summed:
-        return None
-    return above.all_input_nodes[0], _dimension(total)
-
-
-def _dimension(call: fx.Node) -> int:
-    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
-    dim = dim[0] if isinstance(dim, (tuple, list)) else dim
-    return dim if isinstance(dim, int) else -1
 
 
 def fused_operands(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -173,6 +142,10 @@ class _Before:
     mixers: list[fx.Node]
 
 
+_BEFORE_SOFTMAX = TRANSPARENT_TO_SCORES | HEAD_MIXING | {"topk", "sort"}
+"""What may stand between a product and its softmax; some attend to the highest scores only."""
+
+
 def _scores(flow: Flow, logits: fx.Node) -> _Before:
     """Walk up from the logits of a softmax to the products that make them."""
     found = _Before([], [], [])
@@ -193,12 +166,17 @@ def _scores(flow: Flow, logits: fx.Node) -> _Before:
             else:
                 found.mixers.append(node)
                 stack.append(above)
-        elif node.meta.get("op") in TRANSPARENT_TO_SCORES | HEAD_MIXING:
+        elif node.meta.get("op") in _BEFORE_SOFTMAX and not _is_largest(node):
             # Of a product with an addend (baddbmm) the addend is walked up, its factors are not.
             factors = () if product is None else product.factors
             stack.extend(n for n in flow.sources(node) if n not in factors)
     found.products.sort(key=lambda p: flow.order[p.node])
     return found
+
+
+def _is_largest(node: fx.Node) -> bool:
+    """Whether a value is the largest score of each row: what is taken off them, and changes no softmax."""
+    return node.meta.get("op") in {"amax", "max"} and len(node.all_input_nodes) == 1
 
 
 def _mixed_product(flow: Flow, call: fx.Node) -> fx.Node | None:

@@ -127,12 +127,12 @@ def feeds_of(flow: Flow, feeding: Feeding, node: fx.Node) -> tuple[Feed, ...]:
     passing: set[fx.Node] = set()
     for lower in feeds:
         for upper in feeds:
-            if flow.above(lower.call, upper.call) and _overlap(flow, feeding, upper, lower):
+            if flow.above(lower.call, upper.call) and overlap(flow, feeding, upper, lower):
                 passing |= {upper.call, lower.call}
     return tuple(feed for feed in feeds if feed.call not in passing)
 
 
-def _overlap(flow: Flow, feeding: Feeding, upper: Feed, lower: Feed) -> bool:
+def overlap(flow: Flow, feeding: Feeding, upper: Feed, lower: Feed) -> bool:
     """Whether the rows of ``upper`` that feed the operand also feed ``lower``."""
     for source in flow.inputs(lower.call):
         for feed in feeding.rows(source, flow.makers(source)):

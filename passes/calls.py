@@ -31,7 +31,7 @@ class Outcome:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         # An inference tensor has no version to compare: its operation's name must do.
         touched = first is not None and (first.is_inference() or any(first is t for t in self.changed))
-        if first is not None and touched and _in_place(op):
+        if first is not None and touched and (_in_place(op) or kwargs.get("inplace")):
             return [first]
         returned = [t for t in self.changed if any(t is r for _, r in self.made)]
         found = returned or [*self.changed, *_statistics(op, args, kwargs)]

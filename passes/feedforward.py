@@ -77,7 +77,7 @@ def _block(flow: Flow, feeding: Feeding, down: fx.Node, source: fx.Node) -> Feed
     dropped = _side_gates(flow, inside)
     if dropped is None or not any(_returns_to_stream(flow, down, call) for call in inside.makers):
         return None
-    return FeedForward(down, _rows(flow, feeding, source, inside.makers, bends, dropped))
+    return FeedForward(down, _rows(flow, feeding, source, inside, bends, dropped))
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,19 @@ class _Inside:
     makers: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     scaling: frozenset[fx.Node]
+    beside: tuple[fx.Node, ...]
 
 
 def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
     """Walk up from what ``down`` multiplies; None where this cannot be a feed-forward block's inside.
 
-    ``scaling`` are the makers whose result is multiplied with another value on the way.
+    ``scaling`` are the makers whose result is multiplied with another value on the way, ``beside``
+    the attention outputs that are joined to the block's own values.
     """
     if flow.near(source).bit_count() > _MOST_MAKERS:
         return None
     makers: dict[fx.Node, bool] = {}
+    attended: list[fx.Node] = []
     seen, stack = {source}, [(source, False, False)]
     while stack:
         node, scaled, beside = stack.pop()
@@ -112,6 +115,7 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
         elif op in FUSED_ATTENTION or node in flow.veins:
             if not beside:
                 return None  # an attention's output is no block's inside, but may stand beside it
+            attended.append(node)
         elif op in SOFTMAX | SELECTIONS:
             continue  # what a router weighs with is another's
         elif op in PRODUCTS or op in MIXTURES:
@@ -121,26 +125,27 @@ def _inside(flow: Flow, source: fx.Node) -> _Inside | None:
             seen.update(fresh)
             stack.extend((n, scaled or op in SCALINGS, beside or op in JOINS) for n in fresh)
     scaling = frozenset(call for call, always in makers.items() if always)
-    return _Inside(tuple(makers), tuple(seen), scaling) if makers else None
+    return _Inside(tuple(makers), tuple(seen), scaling, tuple(attended)) if makers else None
 
 
 def _rows(
     flow: Flow,
     feeding: Feeding,
     source: fx.Node,
-    makers: tuple[fx.Node, ...],
+    inside: _Inside,
     bends: list[fx.Node],
     dropped: set[fx.Node],
 ) -> tuple[tuple[str, Site, Mask], ...]:
     """Tell gate from up: gate's rows go through the activation where up's go past it."""
-    whole = feeding.rows(source, makers)
+    makers = inside.makers
+    whole = feeding.rows(source, makers, cut=inside.beside)
     glus = [node for node in bends if node.meta.get("op") == "glu"]
     bent: list[Feed] = []
     for node in glus or bends:
         inner = next(flow.sources(node), None)
         if inner is not None:
             bent += feeding.rows(inner, makers, part=_gate_half(node) if glus else None)
-    past = whole if glus else feeding.rows(source, makers, cut=bends)
+    past = whole if glus else feeding.rows(source, makers, cut=[*bends, *inside.beside])
     gates = _masks(bent, dropped)
     ups = {key: mask & ~gates[key] if key in gates else mask for key, mask in _masks(past, dropped).items()}
     if not any(bool(mask.any()) for mask in ups.values()):

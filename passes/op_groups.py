@@ -13,23 +13,36 @@ PRODUCTS: dict[str, int] = {
 }
 """Products of two tensors, with the position of the first factor among the arguments."""
 
-FUSED_ATTENTION = _words("scaled_dot_product_attention flex_attention")
+FUSED_ATTENTION = _words(
+    """
+    flex_attention scaled_dot_product_attention scaled_dot_product_attention_math
+    scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu
+    scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention
+    scaled_dot_product_fused_attention_overrideable
+    """
+)
 """Calls that are a whole attention: their first three arguments are query, key and value."""
 
 WHOLE_ATTENTION = _words("multi_head_attention_forward")
 """Calls that hold an attention's weights too."""
 
-SOFTMAX = _words("softmax softmax_")
+SOFTMAX = _words("softmax softmax_ safe_softmax softmin gumbel_softmax")
+
+EXPONENTIALS = _words("exp exp_ exp2 exp2_")
+
+INVERSES = _words("reciprocal reciprocal_ rdiv")
+"""What turns a sum into a factor: ``1 / x``."""
 
 TRANSPARENT_TO_SCORES = _words(
     """
     add add_ sub sub_ rsub mul mul_ div div_ rdiv neg where masked_fill masked_fill_ clamp clamp_ tanh
-    sigmoid     nan_to_num to float half bfloat16 double type type_as clone contiguous detach data after
-    view view_as reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze
-    expand expand_as repeat tile repeat_interleave getitem select narrow split split_with_sizes chunk unbind
-    stack cat concat pad constant_pad_nd roll flip gather index index_select index_put index_put_ diagonal
-    unfold as_strided as_strided_scatter setitem copy_ fill_ scatter scatter_ masked_scatter tril triu
-    dropout dropout_ dropout2d feature_dropout alpha_dropout amax max maximum minimum reciprocal identity
+    sigmoid clamp_min clamp_max nan_to_num to float half bfloat16 double type type_as clone contiguous detach
+    data after view view_as unsafe_view reshape flatten unflatten permute transpose swapaxes movedim t T mT
+    squeeze unsqueeze expand expand_as repeat tile repeat_interleave getitem select narrow slice alias split
+    split_with_sizes chunk unbind stack cat concat pad constant_pad_nd roll flip gather index index_select
+    index_put index_put_ diagonal unfold as_strided as_strided_scatter setitem copy_ fill_ scatter scatter_
+    masked_scatter tril triu dropout dropout_ dropout2d feature_dropout alpha_dropout amax max maximum minimum
+    reciprocal identity
     """
 )
 """What may stand between a product and its softmax, or between a softmax and its product."""
@@ -88,9 +101,9 @@ KEEPS_CHANNELS = (ELEMENTWISE - _words("where masked_fill masked_fill_ maximum m
     | HEAD_MIXING
     | _words(
         """
-        view reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze expand
-        expand_as repeat repeat_interleave mean norm var cat concat stack conv1d conv2d conv3d dropout2d
-        feature_dropout detach data roll normalize
+        view unsafe_view reshape flatten unflatten permute transpose swapaxes movedim t T mT squeeze unsqueeze
+        expand expand_as repeat repeat_interleave mean norm var cat concat stack conv1d conv2d conv3d
+        dropout2d feature_dropout detach data roll normalize
         """
     )
 )

@@ -162,11 +162,8 @@ class Replay:
         """A node that depends on no leaf: recorded, drawn, or for want of both computed."""
         recorded = node.meta.get("value")
         if isinstance(recorded, Tensor) and recorded.device.type != "meta":
-            return (
-                recorded.detach().to(_CPU)
-                if not recorded.is_floating_point()
-                else recorded.detach().float().cpu()
-            )
+            value = recorded.detach().clone() if recorded.is_inference() else recorded.detach()
+            return value.float().cpu() if value.is_floating_point() else value.to(_CPU)
         if "shape" in node.meta and is_floating(node):
             return self.random(node)
         if node.op in {"placeholder", "get_attr"}:

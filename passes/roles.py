@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 from torch import fx
 
 from lora_fx.kinds import Call
 from lora_fx.matrix import Rows
 from lora_fx.passes.attention import Attention, find_attentions
-from lora_fx.passes.attention_operands import Operands, Orientation, behind_depthwise, feeds_of
+from lora_fx.passes.attention_operands import Operands, Orientation, behind_depthwise, feeds_of, overlap
 from lora_fx.passes.attention_output import output_calls
 from lora_fx.passes.blocks import blocks_of
 from lora_fx.passes.dataflow import depths
@@ -106,6 +106,7 @@ def _name_attention(
     named: dict[str, list[Feed]] = {}
     for role, nodes in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
         named[role] = [feed for node in nodes for feed in feeds_of(flow, feeding, node)]
+    named = _without_streams(flow, feeding, named)
     for role, feeds in named.items():
         for feed in _content(ledger, flow, feeds, role):
             ledger.name(feed.site, role, feed.rows)
@@ -121,6 +122,23 @@ def _name_attention(
     if streams is not None:
         for feed in (feed for feeds in named.values() for feed in feeds):
             ledger.note(feed.site, f"cross-attention: {streams}")
+
+
+def _without_streams(flow: Flow, feeding: Feeding, named: Mapping[str, list[Feed]]) -> dict[str, list[Feed]]:
+    """Leave out weights that make one operand and, through another's weight, a second: they make the stream.
+
+    Values without a weight of their own are the stream that the queries' and keys' weights read.
+    """
+    feeds = [feed for found in named.values() for feed in found]
+    stream = {
+        (upper.call, upper.site.name)
+        for upper in feeds
+        if any(flow.above(lower.call, upper.call) and overlap(flow, feeding, upper, lower) for lower in feeds)
+    }
+    return {
+        role: [feed for feed in found if (feed.call, feed.site.name) not in stream]
+        for role, found in named.items()
+    }
 
 
 def _content(ledger: _Ledger, flow: Flow, feeds: list[Feed], role: str) -> list[Feed]:

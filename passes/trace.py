@@ -72,9 +72,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
 
 def _first_record(model: nn.Module, examples: Examples) -> Recorder:
     """Record without gradients, which holds no activations; a forward that takes gradients, with them."""
+    without_compiler = "torch._dynamo" not in sys.modules
     try:
         return _record(model, examples, deep=False)
     except InputError as error:
+        if without_compiler and "torch._dynamo" in sys.modules:
+            # The run brought the compiler in (flex_attention does): from now on it can be told to keep out.
+            return _first_record(model, examples)
         try:
             return _record(model, examples, deep=False, gradients=True)
         except InputError:

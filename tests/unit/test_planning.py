@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -355,14 +356,61 @@ def test_a_name_of_several_may_be_a_parameter_for_train_but_not_for_an_adapter()
         plan(sites, Policy(Rule(name=("a.weight", "norm.weight"), rank=1)), parameters=HEAD)
 
 
-def test_a_depth_that_nothing_has_says_what_depths_there_are():
-    sites = [*transformer(3, 8), site("other.weight")]
-    with pytest.raises(PolicyError, match="Depth is known of 12 weights; blocks: 3") as caught:
-        plan(sites, Policy(Rule(depth=(0.9, 1.0))))
-    assert "Nearest" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Rule(depth=(0.9, 0.95)), "Depths of the model's weights: 0.1, 0.5, 1."),
+        (
+            Rule(role="q", depth=(0.6, 0.9)),
+            "Depths of the weights that the other filters match: 0.1, 0.5, 1.",
+        ),
+        (
+            Rule(name="layers.1.*", depth=(0.6, 0.9)),
+            "Depths of the weights that the other filters match: 0.5.",
+        ),
+        (
+            Rule(name="layers.0.*", depth=-1),
+            "Of 3 blocks, the weights that the other filters match lie in 0 (counted from 0).",
+        ),
+        (Rule(name="*.[01].*", depth=-1), "the weights that the other filters match lie in 0-1 (counted"),
+        (
+            Rule(name="other.*", depth=-1),
+            "Of 3 blocks, none holds any of the weights that the other filters match: give depth as a share",
+        ),
+        (Rule(name="other.*", depth=(0.0, 1.0)), "the other filters match: none is known."),
+    ],
+)
+def test_a_depth_that_nothing_has_says_what_depths_there_are(rule, said):
+    depths = (0.1, 0.5, 1.0)
+    layers = [replace(s, depth=depths[s.block[0]]) for s in transformer(3, 8)]
     with pytest.raises(PolicyError) as caught:
-        plan(sites, Policy(Rule(module="querry")))
-    assert "Depth" not in str(caught.value)
+        plan([*layers, site("other.weight")], Policy(rule))
+    assert said in str(caught.value)
+    assert "Nearest" not in str(caught.value)
+
+
+def test_of_many_depths_the_nearest_are_said():
+    sites = [site(f"{i}.weight", depth=i / 20) for i in range(21)]
+    said = "go from 0 to 1 in 21 steps; the nearest to (0.91, 0.93) are 0.9 and 0.95."
+    with pytest.raises(PolicyError, match=re.escape(said)):
+        plan(sites, Policy(Rule(depth=(0.91, 0.93))))
+
+
+def test_a_depth_that_is_right_is_not_spoken_of():
+    for rule in (Rule(module="querry"), Rule(module="querry", depth=-1)):
+        with pytest.raises(PolicyError) as caught:
+            plan(transformer(3, 8), Policy(rule))
+        assert "epth" not in str(caught.value).replace("depth=-1", "")
+
+
+@pytest.mark.parametrize(("depth", "end"), [(-100, "last"), (4, "first")])
+def test_more_blocks_than_there_are_is_warned_of(depth, end):
+    said = f"asks for the {end} {abs(depth)} blocks, and the model has 3: all"
+    with pytest.warns(UserWarning, match=said):
+        made = plan(transformer(3, 8), Policy(Rule(role="q", depth=depth)))
+    assert said in made.notes[0]
+    assert len(made.adapted) == 3
+    assert plan(transformer(3, 8), Policy(Rule(role="q", depth=3))).notes == ()
 
 
 def test_long_inventories_are_cut():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -574,6 +575,34 @@ def test_a_real_model_under_a_fake_mode() -> None:
         traced = trace(model, mode.from_tensor(torch.randn(3, 4)))
     assert "batch_norm" in ops(traced)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_run_that_brings_the_compiler_in_is_recorded_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flex_attention imports the compiler, compiles itself with it, and takes no gradients on a CPU."""
+    imported: dict[str, object] = {}
+    stances: list[str] = []
+    monkeypatch.setattr("lora_fx.passes.trace.sys", types.SimpleNamespace(modules=imported))
+
+    def compiles(m: Any, x: Tensor) -> Any:
+        imported["torch._dynamo"] = torch._dynamo
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        if torch.is_grad_enabled() or stances[-1] != "force_eager":
+            raise RuntimeError("compiled")
+        return m.a(x)
+
+    assert ops(recorded(compiles)) == ["linear"]
+    assert stances == ["default", "force_eager"]
+
+
+def test_a_call_in_place_is_one_in_inference_mode_too() -> None:
+    def program(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        F.silu(y[:, 2:], inplace=True)
+        return y
+
+    with torch.inference_mode():
+        traced = recorded(program)
+        torch.testing.assert_close(replayed(traced), traced.model(traced.args[0]))
 
 
 def test_compiled_models_are_recorded_as_they_are_written() -> None:
