@@ -33,22 +33,15 @@ Placements = dict[str, Placement]
 def make_base(program: Program, parameters: Parameters) -> tuple[ir.Model, ParameterMap]:
     """Return the optimised base graph, with the exporter's metadata, and its map."""
     job = _Base(program, parameters)
-    model, found = job.traced()
+    model = program.optimised()
+    found = find_placements(model, parameters)
+    unclear = [name for name in job.used if not found.known(name)]
+    if unclear:
+        model, found = job.with_traces(unclear, model, found)
     placements = dict(found.placements)
     placements |= job.fused(model, placements, [name for name in job.used if not found.known(name)])
     placements |= job.tested(model, placements)
     return model, ParameterMap({name: job.completed(name, placements[name]) for name in parameters})
-
-
-def reoptimised(program: Program, parameters: Parameters, values: Mapping[str, Tensor]) -> ir.Model:
-    """Return the base graph made again with other values for some parameters.
-
-    Its structure is the base's, and so is what stands where in it, but for what was computed from those;
-    the parameters that had to be set to arbitrary values still hold them.
-    """
-    job = _Base(program, parameters)
-    job.traced()
-    return job.optimised({name: value for name, value in values.items() if name not in job.kept})
 
 
 class _Base:
@@ -80,13 +73,6 @@ class _Base:
         return replace(
             placement, fingerprint=fingerprint(self.parameters[name][0]), unused=name not in self.used
         )
-
-    def traced(self) -> tuple[ir.Model, Found]:
-        """Return the optimised graph with a trace of every parameter that can leave one."""
-        model = self.program.optimised()
-        found = find_placements(model, self.parameters)
-        unclear = [name for name in self.used if not found.known(name)]
-        return self.with_traces(unclear, model, found) if unclear else (model, found)
 
     def with_traces(self, unclear: Sequence[str], model: ir.Model, found: Found) -> tuple[ir.Model, Found]:
         """Return a graph in which parameters are to be found that left no clear trace for their values."""

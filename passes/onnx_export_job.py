@@ -7,7 +7,7 @@ with the new weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +23,8 @@ from lora_fx.fingerprints import fingerprint
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
 from lora_fx.passes.certify_parity import parity_check
-from lora_fx.passes.onnx_base import make_base, reoptimised
+from lora_fx.passes.onnx_base import make_base
 from lora_fx.passes.onnx_canonical import canonical
-from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_mapping import ParameterMap
@@ -184,36 +183,20 @@ class ExportJob:
     def fold_into(self, base: ir.Model, mapping: ParameterMap | None) -> ir.Model:
         """Return the folded graph: the base patched, or a new optimisation where that cannot be."""
         patches = find_patches(base, mapping, self.subject.weights) if mapping is not None else None
-        if patches is not None and not patches.missing and self._recomputed(base, patches.opaque):
+        if patches is not None and not patches.opaque and not patches.missing:
             for patch in patches.patches:
                 base.graph.initializers[patch.initializer].const_value = patch.lazy()
             return base
         made = self.program()
-        folded = made.optimised(self._after(made.names))
-        onnx_files.strip(folded)
-        return folded
-
-    def _recomputed(self, base: ir.Model, opaque: Container[str]) -> bool:
-        """Put what a new optimisation makes of opaque initializers into the base, if the graph is the same."""
-        if not opaque:
-            return True
-        parameters = self.parameters()
-        comparison = compare(base, reoptimised(self.program(), parameters, self._after(parameters)))
-        if comparison.difference is not None:
-            return False
-        for ours, theirs in comparison.pairs:
-            if ours.name in opaque:
-                ours.const_value = theirs.const_value
-        return True
-
-    def _after(self, known: Collection[str]) -> dict[str, Tensor]:
-        """Return every changed parameter's new value, under that of its names that is known."""
+        known = made.model.graph.initializers
         values: dict[str, Tensor] = {}
         for name, change in self.subject.changes.items():
             held = next((n for n in (name, *change.names) if n in known), None)
             if held is not None:
                 values[held] = self.stored(change.after)
-        return values
+        folded = made.optimised(values)
+        onnx_files.strip(folded)
+        return folded
 
     def extents(self) -> dict[str, Extent]:
         """Return how much each weight was changed, and what its dtype kept of it."""
