@@ -4,6 +4,8 @@
                        exporter aside)
 ``changed-set``        exactly the weights that the adapter changes differ from the base
 ``delta``              each of them holds W, to rounding
+``derived``            (where the exporter computed constants from a changed weight) they are what it
+                       makes of W; from files alone this cannot be proven, and fails
 ``base-data``          (overlays) the base's data file is the one that the overlay was made over
 ``untouched``          every other initializer is the base's, bit for bit
 ``runtime-structure``  the same graph after the runtime's own optimisation on the provider in use
@@ -67,8 +69,12 @@ def examine(
     file: AdapterFile | None = None,
     *,
     providers: Providers = "auto",
+    derived: ir.Model | None = None,
 ) -> Evidence:
-    """Make every check that needs no torch model; open both files in the runtime."""
+    """Make every check that needs no torch model; open both files in the runtime.
+
+    ``derived`` holds what the exporter computes from the changed weights, where no recipe says it.
+    """
     base, folded = onnx_files.load(base_path), onnx_files.load(folded_path)
     runtime = choose(providers)
     data = [_base_data(folded, folded_path.parent)] if BASE_DATA_KEY in folded.metadata_props else []
@@ -80,7 +86,7 @@ def examine(
     notes: list[str] = []
     pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
     mapping = read_map(base) if file is None else base_map(base, file)
-    checks += [*_value_checks(base, pairs, mapping, weights, notes), *data]
+    checks += [*_value_checks(base, pairs, mapping, weights, derived, notes), *data]
     try:
         first, second = open_pair(base_path, folded_path, runtime, notes)
     except Refused as error:
@@ -119,12 +125,17 @@ def _by_name(base: ir.Model, folded: ir.Model) -> Pairs:
 
 
 def _value_checks(
-    base: ir.Model, pairs: Pairs, mapping: ParameterMap | None, weights: Weights | None, notes: list[str]
+    base: ir.Model,
+    pairs: Pairs,
+    mapping: ParameterMap | None,
+    weights: Weights | None,
+    derived: ir.Model | None,
+    notes: list[str],
 ) -> Sequence[Check]:
     if weights is not None and mapping is not None:
         if MAPPING_KEY not in base.metadata_props:
             notes.append("the base file has no map of its parameters: they were found by their fingerprints")
-        return value_checks(base, pairs, mapping, weights)
+        return value_checks(base, pairs, mapping, weights, derived)
     changed = sorted(b.name or "" for b, o in pairs if not same_tensor(b.const_value, o.const_value))
     notes.append("which initializers should have changed is not known: no adapter was given")
     detail = f"{len(changed)} of {len(pairs)} initializers differ: {', '.join(changed[:5])}"

@@ -55,7 +55,7 @@ def parity_check(
     base_session: Any,
     folded_session: Any,
     *,
-    precision: torch.dtype | None,
+    precision: torch.dtype,
     notes: list[str],
 ) -> Check:
     """Compare the runtime with the torch model on the example and on random inputs of another size."""
@@ -72,7 +72,7 @@ def parity_check(
         found.append(
             Errors(case.name, distance(ours, base), distance(theirs, folded), distance(theirs, native))
         )
-    return _judged(found, FLOOR[precision or torch.float32])
+    return _judged(found, FLOOR[precision])
 
 
 def _judged(found: list[Errors], floor: float) -> Check:
@@ -97,24 +97,41 @@ def _judged(found: list[Errors], floor: float) -> Check:
 
 
 def _cases(subject: Subject, inputs: Inputs, session: Any, notes: list[str]) -> list[_Case]:
-    """Return the example, and random inputs of other sizes where the file says that they may vary."""
+    """Return the example, and random inputs of other sizes where the file says that they may vary.
+
+    What the model itself refuses is not tried on the file, and a note says so.
+    """
     declared = [list(item.shape) for item in session.get_inputs()]
-    batch = batch_size(inputs)
-    varies = batch is not None and any(_is_free(shape, 0) for shape in declared)
-    # One item of the example is as good as many, and float64 is slow.
-    small = with_batch(inputs, 1) if varies else inputs
-    other = random_like(with_batch(inputs, 2), seed=0) if varies else random_like(inputs, seed=0)
-    name = "random, in a batch of 2" if varies else "random"
+
+    def accepted(what: str, *tried: Inputs) -> bool:
+        refused = next(filter(None, (_refusal(subject, each) for each in tried)), None)
+        if refused is not None:
+            notes.append(f"{what} was not tried, since the model refuses it: {refused}")
+        return refused is None
+
+    example, name, other = inputs, "random", random_like(inputs, seed=0)
+    if batch_size(inputs) is not None and any(_is_free(shape, 0) for shape in declared):
+        # One item of the example is as good as many, and float64 is slow.
+        single, pair = with_batch(inputs, 1), random_like(with_batch(inputs, 2), seed=0)
+        if accepted("another batch", single, pair):
+            example, name, other = single, "random, in a batch of 2", pair
+    if name == "random" and not accepted("a random input", other):
+        return [_Case("example", inputs)]
     free = frozenset((position, 1) for position, shape in enumerate(declared) if _is_free(shape, 1))
     if free and len(declared) == len(tensors(inputs)):
         resized = with_length(other, free)
-        try:
-            _outputs(subject.base_state, [_Case("", resized)], None)
-        except Exception as error:  # noqa: BLE001 - any refusal has the same consequence
-            notes.append(f"no other length was tried, since the model refuses it: {_line(error)}")
-        else:
-            other, name = resized, f"{name} and another length"
-    return [_Case("example", small), _Case(name, other)]
+        if accepted("another length", resized):
+            name, other = f"{name} and another length", resized
+    return [_Case("example", example), _Case(name, other)]
+
+
+def _refusal(subject: Subject, inputs: Inputs) -> str | None:
+    """Return why the base model cannot run on these inputs, or None where it can."""
+    try:
+        _outputs(subject.base_state, [_Case("", inputs)], None)
+    except Exception as error:  # noqa: BLE001 - any refusal has the same consequence
+        return _line(error)
+    return None
 
 
 def _is_free(shape: list[Any], axis: int) -> bool:

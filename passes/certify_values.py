@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.certificates import Check
+from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_patch import Patch, Patches, find_patches
 from lora_fx.passes.onnx_subject import Weights
@@ -30,12 +31,19 @@ class _Findings:
     untouched: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     wrong: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     foreign: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    derived: list[tuple[ir.Value, str]] = field(default_factory=list[tuple[ir.Value, str]])
     kept: int = 0
     ulps: float = 0.0
 
 
-def value_checks(base: ir.Model, pairs: Pairs, mapping: ParameterMap, weights: Weights) -> list[Check]:
-    """Return the checks ``changed-set``, ``delta`` and ``untouched``."""
+def value_checks(
+    base: ir.Model,
+    pairs: Pairs,
+    mapping: ParameterMap,
+    weights: Weights,
+    derived: ir.Model | None = None,
+) -> list[Check]:
+    """Return the checks ``changed-set``, ``delta``, ``untouched`` and, where there is need, ``derived``."""
     patches = find_patches(base, mapping, weights)
     by_name = {patch.initializer: patch for patch in patches.patches}
     found = _Findings()
@@ -47,7 +55,10 @@ def value_checks(base: ir.Model, pairs: Pairs, mapping: ParameterMap, weights: W
             found.kept += 1
         elif ours.name not in patches.opaque:
             found.foreign.append((theirs.name or "", _gap(ours, theirs)))
-    return [_changed_set(patches, found, len(pairs), weights), _delta(found), _untouched(found)]
+        else:
+            found.derived.append((theirs, patches.opaque[ours.name]))
+    checks = [_changed_set(patches, found, len(pairs), weights), _delta(found), _untouched(found)]
+    return [*checks, _derived(found, derived)] if found.derived else checks
 
 
 def _patched(patch: Patch, other: ir.Value, found: _Findings) -> None:
@@ -88,13 +99,12 @@ def _changed_set(patches: Patches, found: _Findings, total: int, weights: Weight
         initializer, owner = found.untouched[0]
         detail = f"holds {owner}, which the adapter changes, and is as in the base"
         return Check(name, ok=False, detail=detail, place=f"initializer {initializer!r}", data=data)
-    if not found.changed and not patches.opaque:
+    if not found.changed and not found.derived:
         detail = "the adapter changes no weight: is it trained?"
         return Check(name, ok=False, detail=detail, place="the adapter", data=data)
     detail = f"{len(found.changed)} of {total} initializers changed, for {len(weights.names)} weights"
-    if patches.opaque:
-        owners = sorted(set(patches.opaque.values()))
-        detail += f"; how the file holds {', '.join(owners[:3])} is not known: parity alone covers that"
+    if found.derived:
+        detail += f"; {len(found.derived)} more were computed from such a weight"
     if patches.unused:
         detail += f"; not used by the exported graph: {', '.join(patches.unused[:3])}"
     if found.idle:
@@ -109,6 +119,28 @@ def _delta(found: _Findings) -> Check:
     bits = "bit for bit" if found.ulps == 0 else f"to {found.ulps:.2g} units in the last place"
     detail = f"{len(found.changed)} changed initializers hold exactly W, {bits}"
     return Check("delta", ok=True, detail=detail, data={"ulps": found.ulps})
+
+
+def _derived(found: _Findings, model: ir.Model | None) -> Check:
+    """Compare constants that were computed from a changed weight with what the exporter makes of it."""
+    if model is None:
+        value, owner = found.derived[0]
+        detail = (
+            f"was computed from {owner} in a way that files alone do not tell; the certificate that "
+            "export_onnx makes beside the model covers it"
+        )
+        return Check("derived", ok=False, detail=detail, place=f"initializer {value.name!r}")
+    held = {value.name: value for value in all_initializers(model.graph)}
+    for value, owner in found.derived:
+        wanted = held.get(value.name)
+        if wanted is None or not same_tensor(wanted.const_value, value.const_value):
+            detail = f"is not what the exporter computes from W of {owner}"
+            return Check("derived", ok=False, detail=detail, place=f"initializer {value.name!r}")
+    owners = sorted({owner for _, owner in found.derived})
+    detail = (
+        f"{len(found.derived)} constants are what the exporter computes from W of {', '.join(owners[:3])}"
+    )
+    return Check("derived", ok=True, detail=f"{detail}, bit for bit")
 
 
 def _untouched(found: _Findings) -> Check:

@@ -11,6 +11,7 @@ exactly what the recipes say, and change nothing else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.fingerprints import fingerprint
-from lora_fx.passes.onnx_canonical import all_initializers
-from lora_fx.passes.onnx_content import tensor_hash
+from lora_fx.passes.onnx_canonical import all_initializers, all_nodes
+from lora_fx.passes.onnx_content import subgraphs, tensor_hash
 from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe
 from lora_fx.passes.onnx_match import Found, Parameters, find_placements
@@ -29,19 +30,22 @@ from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, from_torch, 
 
 Placements = dict[str, Placement]
 
+_MOST_GROUPS = 8
+
 
 def make_base(program: Program, parameters: Parameters) -> tuple[ir.Model, ParameterMap]:
     """Return the optimised base graph, with the exporter's metadata, and its map."""
     job = _Base(program, parameters)
-    model = program.optimised()
-    found = find_placements(model, parameters)
-    unclear = [name for name in job.used if not found.known(name)]
-    if unclear:
-        model, found = job.with_traces(unclear, model, found)
+    model, found = job.graph()
     placements = dict(found.placements)
     placements |= job.fused(model, placements, [name for name in job.used if not found.known(name)])
     placements |= job.tested(model, placements)
     return model, ParameterMap({name: job.completed(name, placements[name]) for name in parameters})
+
+
+def make_graph(program: Program, parameters: Parameters) -> ir.Model:
+    """Return the optimised graph alone, made as a base's is."""
+    return _Base(program, parameters).graph()[0]
 
 
 class _Base:
@@ -58,6 +62,9 @@ class _Base:
             held = next((each for each in (name, *names) if each in program.names), None)
             if held is not None:
                 self.used[name] = held
+        self.names = {held: name for name, held in self.used.items()}
+        outputs = (value for node in all_nodes(program.model.graph) for value in node.outputs)
+        self.producers = {value.name or "": value.producer() for value in outputs}
 
     def value(self, name: str) -> Tensor:
         """Return a parameter's true value."""
@@ -73,6 +80,13 @@ class _Base:
         return replace(
             placement, fingerprint=fingerprint(self.parameters[name][0]), unused=name not in self.used
         )
+
+    def graph(self) -> tuple[ir.Model, Found]:
+        """Return the optimised graph, and where it holds the parameters."""
+        model = self.program.optimised()
+        found = find_placements(model, self.parameters)
+        unclear = [name for name in self.used if not found.known(name)]
+        return self.with_traces(unclear, model, found) if unclear else (model, found)
 
     def with_traces(self, unclear: Sequence[str], model: ir.Model, found: Found) -> tuple[ir.Model, Found]:
         """Return a graph in which parameters are to be found that left no clear trace for their values."""
@@ -112,15 +126,47 @@ class _Base:
         return replace(placement, recipes=tuple(recipes))
 
     def fused(self, model: ir.Model, placements: Placements, names: Sequence[str]) -> Placements:
-        """Find which initializers were computed from parameters that lie nowhere as they are."""
-        if not names:
-            return {}
-        moved = {name: _moved(self.value(name)) for name in names}
-        changed = self._unexplained(model, placements, moved, explained=self.kept) or ()
-        return {
-            name: replace(placements[name], opaque=tuple(dict.fromkeys((*placements[name].opaque, *changed))))
-            for name in names
-        }
+        """Find which initializers were computed from parameters that lie nowhere as they are.
+
+        With other values, what changes was computed from them, unless a recipe gives the new value.
+        What provenance proposed and does not change was computed from a parameter's shape alone.
+        """
+        found: Placements = {}
+        for group in _groups(names):
+            moved = {name: _moved(self.value(name), seed) for seed, name in enumerate(group)}
+            changed = self._unexplained(model, placements, moved, explained={**self.kept, **moved})
+            if changed is None:
+                continue
+            origins = {place: self._origins(place) for place in changed}
+            for name in group:
+                opaque = tuple(p for p, known in origins.items() if known is None or name in known)
+                found[name] = replace(placements[name], opaque=opaque)
+        return found
+
+    def _origins(self, place: str) -> frozenset[str] | None:
+        """Return the parameters that an initializer was computed from, by the unoptimised graph.
+
+        None: it is no value of that graph, but was made by a rule that fuses operators.
+        """
+        producer = self.producers.get(place)
+        if producer is None:
+            return None
+        found: set[str] = set()
+        met: set[ir.Node] = set()
+        stack = [producer]
+        while stack:
+            node = stack.pop()
+            if node in met:
+                continue
+            met.add(node)
+            inner = [each for _, graph in subgraphs(node) for each in all_nodes(graph)]
+            for value in itertools.chain(node.inputs, *(each.inputs for each in inner)):
+                maker = None if value is None else value.producer()
+                if maker is not None:
+                    stack.append(maker)
+                elif value is not None and value.name in self.names:
+                    found.add(self.names[value.name])
+        return frozenset(found)
 
     def tested(self, model: ir.Model, placements: Placements) -> Placements:
         """Optimise with other matrices; return the placements of those that the map does not explain."""
@@ -190,5 +236,16 @@ def _arbitrary(value: Tensor, seed: int) -> Tensor:
     return (torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1.5).to(value.dtype)
 
 
-def _moved(value: Tensor) -> Tensor:
-    return (value.detach().cpu().double() * 1.25 + 0.375).to(value.dtype)
+def _groups(names: Sequence[str]) -> list[list[str]]:
+    """Part parameters by their last name, so that what a bias does is told from what a weight does."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    return list(groups.values()) if len(groups) <= _MOST_GROUPS else [list(names)]
+
+
+def _moved(value: Tensor, seed: int) -> Tensor:
+    """Return other values, of the same signs where they are large, that no normalisation undoes."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1.0
+    return (value.detach().cpu().double() * factor + 0.375).to(value.dtype)

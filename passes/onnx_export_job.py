@@ -22,8 +22,8 @@ from lora_fx.errors import BaseMismatchError, CertificateError
 from lora_fx.fingerprints import fingerprint
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
-from lora_fx.passes.certify_parity import parity_check
-from lora_fx.passes.onnx_base import make_base
+from lora_fx.passes.certify_parity import FLOOR, parity_check
+from lora_fx.passes.onnx_base import make_base, make_graph
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors
@@ -48,10 +48,9 @@ class ExportOptions:
     precision: torch.dtype | None = None
     certify: bool = True
 
-    @property
-    def target(self) -> int | None:
-        """The opset to ask for: in bfloat16 the first in which convolution and its like take it."""
-        return 22 if self.opset is None and self.precision is torch.bfloat16 else self.opset
+    def target(self, dtype: torch.dtype) -> int | None:
+        """Return the opset to ask for: in bfloat16 the first in which convolution and its like take it."""
+        return 22 if self.opset is None and dtype is torch.bfloat16 else self.opset
 
 
 class ExportJob:
@@ -63,12 +62,21 @@ class ExportJob:
         self.options = options
         self.precision = options.precision
         self._program: Program | None = None
+        self._derived: ir.Model | None = None
 
     def stored(self, tensor: Tensor) -> Tensor:
         """Return a value in the dtype of the file."""
         if self.precision is None or not tensor.is_floating_point():
             return tensor.detach().cpu()
         return tensor.detach().cpu().to(self.precision)
+
+    def dtype(self) -> torch.dtype:
+        """Return the narrowest dtype that weights have in the file."""
+        if self.precision is not None:
+            return self.precision
+        with self.base() as model:
+            floats = {p.dtype for p in model.parameters() if p.dtype in FLOOR}
+        return min(floats, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps), default=torch.float32)
 
     def program(self) -> Program:
         """Return the unoptimised graph of the base, translated at the first call."""
@@ -78,7 +86,7 @@ class ExportJob:
                     model,
                     self.cast_inputs(),
                     dynamic_shapes=self.options.dynamic_shapes,
-                    opset=self.options.target,
+                    opset=self.options.target(self.dtype()),
                 )
         return self._program
 
@@ -130,9 +138,7 @@ class ExportJob:
         except Refused as error:
             failed = Check("runtime", ok=False, detail=str(error), place="the file")
             return _raise(Certificate(path.name, path.name, (failed,), environment(runtime), tuple(notes)))
-        parity = parity_check(
-            self.subject, self.inputs, opened.session, opened.session, precision=self.precision, notes=notes
-        )
+        parity = self.parity(opened.session, opened.session, notes)
         unclear = [name for name, placement in mapping.placements.items() if placement.status == "opaque"]
         if unclear:
             notes.append(f"an adapter on these needs a new export: {', '.join(unclear[:5])}")
@@ -187,15 +193,17 @@ class ExportJob:
             for patch in patches.patches:
                 base.graph.initializers[patch.initializer].const_value = patch.lazy()
             return base
+        changed = {
+            each: self.stored(change.after)
+            for name, change in self.subject.changes.items()
+            for each in (name, *change.names)
+        }
         made = self.program()
-        known = made.model.graph.initializers
-        values: dict[str, Tensor] = {}
-        for name, change in self.subject.changes.items():
-            held = next((n for n in (name, *change.names) if n in known), None)
-            if held is not None:
-                values[held] = self.stored(change.after)
-        folded = made.optimised(values)
+        values = {name: value for name, value in changed.items() if name in made.names}
+        parameters = {n: (changed.get(n, value), names) for n, (value, names) in self.parameters().items()}
+        folded = make_graph(made.holding(values), parameters)
         onnx_files.strip(folded)
+        self._derived = folded
         return folded
 
     def extents(self) -> dict[str, Extent]:
@@ -208,7 +216,7 @@ class ExportJob:
 
     def folded_certificate(self, base_path: Path, draft: Path, path: Path) -> Certificate:
         """Prove a folded file against its base and the torch model."""
-        evidence = examine(base_path, draft, self.subject.weights)
+        evidence = examine(base_path, draft, self.subject.weights, derived=self._derived)
         checks, notes = list(evidence.checks), list(evidence.notes)
         if evidence.base is not None and evidence.folded is not None:
             if self._program is not None:
@@ -222,7 +230,7 @@ class ExportJob:
     def parity(self, base_session: Any, folded_session: Any, notes: list[str]) -> Check:
         """Compare the runtime with the torch model."""
         return parity_check(
-            self.subject, self.inputs, base_session, folded_session, precision=self.precision, notes=notes
+            self.subject, self.inputs, base_session, folded_session, precision=self.dtype(), notes=notes
         )
 
 

@@ -40,14 +40,18 @@ class Program:
         """The names of the initializers."""
         return frozenset(self.model.graph.initializers)
 
+    def holding(self, values: Mapping[str, Tensor]) -> Program:
+        """Return a copy that holds other values for the named parameters."""
+        model = self.model.clone()
+        for name, value in values.items():
+            model.graph.initializers[name].const_value = from_torch(value, name)
+        return replace(self, model=model)
+
     def optimised(self, values: Mapping[str, Tensor] | None = None) -> ir.Model:
         """Return an optimised copy, holding other values for the named parameters."""
         from onnxscript.optimizer import optimize_ir
 
-        model = self.model.clone()
-        for name, value in (values or {}).items():
-            initializer = model.graph.initializers[name]
-            initializer.const_value = from_torch(value, name)
+        model = self.holding(values or {}).model
         with quiet():
             optimize_ir(model)
         _mend_types(model)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def as_torch(tensor: ir.TensorProtocol) -> Tensor:
             content[filled : filled + len(part)] = part
             filled += len(part)
         return torch.frombuffer(content, dtype=dtype).reshape(shape)
-    array = tensor.numpy()
+    # A constant that the exporter folded may be a view: flipped, which torch cannot express either.
+    array = np.ascontiguousarray(tensor.numpy()).reshape(shape)
     with warnings.catch_warnings():
         # Weights inside a protobuf are read-only, which torch cannot express.
         warnings.simplefilter("ignore", UserWarning)

@@ -91,7 +91,7 @@ def test_a_normalisation_trained_beside_its_convolution(tmp_path: Path) -> None:
     found = labels(base)
     assert found["conv.weight"] == "row scale"
     assert {found[name] for name in ("bn.weight", "bn.bias", "conv.bias")} == {"opaque"}
-    assert "parity alone covers" in certificate["changed-set"].detail
+    assert "computes from W of bn.bias, bn.weight" in certificate["derived"].detail
 
 
 class Hidden(nn.Module):

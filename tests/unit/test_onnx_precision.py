@@ -90,6 +90,14 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
     assert load(folded).opset_imports[""] == load(base).opset_imports[""] == opset
 
 
+def test_a_bfloat16_model_exports_as_it_is_and_is_judged_as_one(tmp_path: Path) -> None:
+    model: nn.Module = made(Mixed).bfloat16()
+    base, folded, certificate = export_pair(model, NAMES, IMAGE.bfloat16(), tmp_path)
+    assert certificate.ok
+    onnx.checker.check_model(str(folded), full_check=True)
+    assert load(base).opset_imports[""] == 22
+
+
 def test_a_half_precision_model_exports_as_it_is(tmp_path: Path) -> None:
     model: nn.Module = made(Tied).half()
     file = adapter(model, ("up.weight",))
