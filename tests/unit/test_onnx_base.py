@@ -117,6 +117,24 @@ def test_a_weight_used_twice_in_different_ways(tmp_path: Path) -> None:
     assert found["idle.weight"] == "unused"
 
 
+class HiddenBesideSpecial(nn.Module):
+    """A weight that only a new optimisation makes right, and biases that optimising merges or drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.special, self.hidden = Special(), Hidden()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.special(self.hidden(x))
+
+
+def test_a_new_optimisation_keeps_what_special_values_would_change(tmp_path: Path) -> None:
+    names = ("hidden.plain.weight", "special.first.weight")
+    base, _, certificate = export_pair(made(HiddenBesideSpecial), names, X, tmp_path)
+    assert certificate.ok
+    assert labels(base)["hidden.plain.weight"] == "opaque"
+
+
 def test_an_unused_weight_is_said_to_be_so(tmp_path: Path) -> None:
     _, _, certificate = export_pair(made(Hidden), ("idle.weight", "other.weight"), X, tmp_path)
     assert certificate.ok
