@@ -48,8 +48,9 @@ format: $(STAMP)  ## format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## time and memory, one test at a time
-	$(PY) -m pytest -q -s -m bench $(PYTEST_ARGS)
+bench: export OMP_NUM_THREADS ?= 1
+bench: $(STAMP)  ## time and memory, one test at a time: a table and a plot in artifacts/bench (some 25 minutes)
+	$(PY) -m pytest -q -s -m bench tests/benchmarks $(PYTEST_ARGS)
 
 zoo: export OMP_NUM_THREADS ?= 1
 zoo: $(STAMP)  ## every model of the zoo (an hour or two; what is measured already is kept in artifacts/zoo)

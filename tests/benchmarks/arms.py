@@ -25,6 +25,7 @@ class Setup:
     precision: str = "float32"
     dropout: float = 0.0
     compiled: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -43,6 +44,7 @@ class Arm:
     model: nn.Module
     loss: Forward
     injection: float = 0.0
+    device: str = "cpu"
     seconds: list[float] = field(default_factory=list[float])
     trained: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
 
@@ -57,8 +59,8 @@ def arms(setup: Setup, names: tuple[str, ...] = NAMES) -> list[Arm]:
     """Build every arm from copies of one model."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if setup.precision == "bfloat16" else torch.float32
-    base = setup.case.build().to(dtype)
-    loss = setup.case.forward(dtype, autocast=setup.precision == "autocast")
+    base = setup.case.build().to(setup.device, dtype)
+    loss = setup.case.forward(dtype, setup.precision == "autocast", setup.device)
     return [_arm(name, copy.deepcopy(base), loss, setup) for name in names]
 
 
@@ -84,7 +86,7 @@ def _arm(name: str, model: nn.Module, loss: Forward, setup: Setup) -> Arm:
         # Frozen statistics everywhere: lora_fx freezes them by default, the others are made to.
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    arm = Arm(name, model, loss, injection)
+    arm = Arm(name, model, loss, injection, setup.device)
     arm.trained = [p for p in model.parameters() if p.requires_grad]
     if setup.compiled:
         compiled = torch.compile(model)

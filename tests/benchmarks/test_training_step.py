@@ -1,0 +1,52 @@
+"""A training step beside peft's and the frozen floor: what it costs in time, operations, FLOPs and memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.arms import NAMES, Setup
+from tests.benchmarks.rows import FLOPS_LIMIT, OPERATIONS_LIMIT, Row, measure, star, summary
+from tests.benchmarks.table import Findings
+
+SECONDS = 16.0
+"""Of CPU a setup; half as much again where full fine-tuning takes its turn too."""
+
+
+@pytest.fixture(scope="module", params=star(), ids=lambda setup: setup.name)
+def row(request: pytest.FixtureRequest, findings: Findings) -> Row:
+    setup: Setup = request.param
+    full = setup.rank == 16 and setup.layers == "all" and setup.precision == "float32"
+    names = NAMES if full and not setup.dropout and not setup.compiled else NAMES[:-1]
+    found = measure(setup, SECONDS * (1.5 if "full" in names else 1.0), names)
+    print("\n" + summary(found))
+    findings.rows.append(found)
+    return found
+
+
+@pytest.mark.bench
+def test_no_step_is_reliably_longer_than_pefts(row: Row) -> None:
+    assert not row.slower_than_peft(), summary(row)
+
+
+@pytest.mark.bench
+def test_the_overhead_is_the_wanted_share_of_pefts(row: Row) -> None:
+    if not row.base:
+        pytest.skip("the measure is about r=16, all layers, float32")
+    assert row.verdict() != "missed", summary(row)
+
+
+@pytest.mark.bench
+def test_operations_and_flops_that_are_added(row: Row) -> None:
+    if not row.base:
+        pytest.skip("the measure is about r=16, all layers, float32")
+    assert row.share(row.operations) <= OPERATIONS_LIMIT, summary(row)
+    assert row.setup.case.dispatch_bound or row.share(row.flops) <= FLOPS_LIMIT, summary(row)
+
+
+@pytest.mark.bench
+def test_saved_activations_stay_near_the_floors(row: Row) -> None:
+    if not row.judged or row.setup.case.dispatch_bound:
+        pytest.skip(
+            "the measure is about r=16 and all layers, in every precision, where memory is not traded"
+        )
+    assert row.over(row.saved, "lora_fx") <= row.saved_limit, summary(row)
