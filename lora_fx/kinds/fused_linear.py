@@ -6,8 +6,9 @@ With ``s`` the scale, forward and backward of ``y = x W^T + b + s (x A^T) B^T``:
     g' = g B            dx = g W;       dx += s g' A        dA = s g'^T x      dB = s g^T h
 
 Saved are x (unless it can be made again, see ``producers``), h: (N, r), and references to W, A and B.
-Where there are many rows of x, merging is cheaper than adding: ``W' = W + s B A`` is formed in the forward
-and again in the backward, ``y = x W'^T + b``, ``dx = g W'``, and h is computed for dB alone.
+Where there are many rows of x, merging is cheaper than adding, in either direction for itself: with
+``W' = W + s B A``, which is not kept, ``y = x W'^T + b`` and ``dx = g W'``; h is then computed for dB alone.
+An x that was made again and is nobody else's gives its memory to dx.
 x is never cast up: A and B are cast to its dtype. Dropout masks are drawn again in the backward.
 """
 
@@ -31,7 +32,8 @@ class Call(NamedTuple):
     """What one call's forward and backward share besides tensors.
 
     ``slots`` is None for one part on all rows. ``source`` makes the input again, where it need not be
-    saved. ``scale`` includes what a mask's survivors are scaled by. ``merged`` says that W' is formed.
+    saved. ``scale`` includes what a mask's survivors are scaled by. ``merged`` and ``merged_back`` say that
+    W' is formed in the forward, and in the backward.
     """
 
     scale: float
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     mask: Mask | None = None
     source: Remade | None = None
     merged: bool = False
+    merged_back: bool = False
 
 
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
@@ -77,8 +80,10 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     if graph and (a.requires_grad or bs[0].requires_grad):
         source = remade(x)
     dtype = autocast_dtype(x)
-    merged = slots is None and mask is None and dtype is None and _merges(x, weight, a)
-    call = Call(scale, slots, mask, source, merged)
+    merged = merged_back = False
+    if slots is None and mask is None and dtype is None:
+        merged, merged_back = _merges(x, weight, a)
+    call = Call(scale, slots, mask, source, merged, merged_back)
     if dtype is not None:
         # x is cast outside, where its cast is differentiable; A and B are cast inside.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -108,19 +113,20 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
     return F.linear(x, torch.addmm(weight, part.b, part.a, alpha=part.scale), bias)
 
 
-_MANY = 5
+_MANY = 2
 
 
-def _merges(x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Say whether forming W' twice costs less than adding h B^T to y and g' A to dx.
+def _merges(x: Tensor, weight: Tensor, a: Tensor) -> tuple[bool, bool]:
+    """Say whether forming W' costs less than adding h B^T to y, and than adding g' A to dx.
 
-    Both are bound by memory: a few passes over W: (out, in) against one over y and one over dx. In half
-    precision W' would round the adapter away.
+    Both are thin products and bound by memory: a pass over W: (out, in) against one over y: (N, out), or
+    over dx: (N, in). In half precision W' would round the adapter away.
     """
     if weight.element_size() < 4 or weight.dtype is not a.dtype:
-        return False
+        return False, False
     out, columns = weight.shape
-    return x.numel() * (out + columns) > _MANY * out * columns * columns
+    rows = x.numel() // max(columns, 1)
+    return rows >= _MANY * columns, rows >= _MANY * out
 
 
 def _run(
@@ -197,11 +203,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a = a.to(dtype)
     if bs[0].dtype is not dtype:
         bs = [b.to(dtype) for b in bs]
-    thinned = x
+    thinned, spare = x, False
     scale, slots, differentiable = call.scale, call.slots, torch.is_grad_enabled()
     mask = None if call.mask is None else call.mask.ones((g.shape[0], a.shape[1]), g)
     if need_a or need_weight or True in need_bs:
-        x = x if call.source is None else call.source.get().to(dtype)
+        if call.source is not None:
+            x, spare = call.source.get()
+            x = x if x.dtype is dtype else x.to(dtype)
         x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         thinned = x if mask is None else x * mask
         if h is None or differentiable:
@@ -213,14 +221,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gb = through_parts(g, slots, bs)
         dbs = part_gradients(g, h, slots, scale, bs, need_bs)
     da = scaled(gb.t(), thinned, scale, a) if need_a else None
+    dw = g.t() @ x if need_weight else None
     dx = None
     if need_x:
-        if call.merged:
-            dx = g @ torch.addmm(weight, bs[0], a, alpha=scale)
-        else:
-            dx = _grad_of_input(g @ weight, gb, a, scale, mask, differentiable=differentiable)
+        merged = torch.addmm(weight, bs[0], a, alpha=scale) if call.merged_back else weight
+        # Nothing reads x any more: where it is nobody else's, dx takes its place.
+        dx = torch.mm(g, merged, out=x) if spare and x.is_contiguous() else g @ merged
+        if not call.merged_back:
+            dx = _grad_of_input(dx, gb, a, scale, mask, differentiable=differentiable)
         dx = dx if grad.dim() == 2 else dx.view(*grad.shape[:-1], dx.shape[-1])
-    return (dx, g.t() @ x if need_weight else None, g.sum(0) if need_bias else None, None, da, *dbs)
+    return (dx, dw, g.sum(0) if need_bias else None, None, da, *dbs)
 
 
 def _grad_of_input(

@@ -69,11 +69,13 @@ def _forget(key: int) -> Callable[[Any], object]:
 class Remade:
     """An input that is made again on demand; siblings with the same input share one.
 
-    ``uses`` consumers will ask once per backward; the value is dropped after the last of them.
+    ``uses`` consumers will ask once per backward; the value is dropped after the last of them. ``fresh``
+    says that making it allocates it: then the last consumer may write to its memory.
     """
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, *, fresh: bool) -> None:
         self._make = make
+        self._fresh = fresh
         self._uses = 0
         self._left = 0
         self._value: Tensor | None = None
@@ -84,16 +86,20 @@ class Remade:
         self._left = self._uses
         return self
 
-    def get(self) -> Tensor:
-        """Return x: made by the first consumer to ask, kept for the others."""
+    def get(self) -> tuple[Tensor, bool]:
+        """Return x, made by the first consumer to ask and kept for the others; and whether it is spare.
+
+        What is spare is nobody else's: the caller may write to it.
+        """
         if torch.is_grad_enabled():
-            return self._made()
+            return self._made(), False
         value = self._made() if self._value is None else self._value
         self._left -= 1
-        self._value = value if self._left > 0 else None
-        if self._left <= 0:
+        last = self._left <= 0
+        self._value = None if last else value
+        if last:
             self._left = self._uses
-        return value
+        return value, last and self._fresh
 
     def _made(self) -> Tensor:
         try:
@@ -123,7 +129,7 @@ def remade(x: Tensor) -> Remade | None:
     make = None if x.output_nr else plan.make(node)
     if make is None or (plan.hooked and not _same(make, x)):
         return None
-    result = Remade(make)
+    result = Remade(make, fresh=plan.fresh)
     _recent[:] = [(weakref.ref(x), x._version, weakref.ref(result))]
     return result.claim()
 
@@ -137,9 +143,13 @@ def _same(make: Make, x: Tensor) -> bool:
 
 @dataclass
 class _Plan:
-    """One walk back from x to saved operands; ``hooked`` says that hooks hold some of them."""
+    """One walk back from x to saved operands; ``hooked`` says that hooks hold some of them.
+
+    ``fresh`` is whether x is computed anew, and no operand itself: set by the rule nearest to x last.
+    """
 
     hooked: bool = False
+    fresh: bool = False
 
     def make(self, node: Any, depth: int = _DEPTH) -> Make | None:
         """The node's output, made again; None where no rule can."""
@@ -186,6 +196,7 @@ def _from_saved(name: str, function: Callable[..., Tensor] | None = None, *optio
     def rule(plan: _Plan, node: Any, depth: int) -> Make | None:
         del depth
         operand = plan.saved(node, name)
+        plan.fresh = function is not None
         if operand is None or function is None:
             return operand
         values = {option: getattr(node, f"_saved_{option}") for option in options}
@@ -199,6 +210,7 @@ def _product(plan: _Plan, node: Any, depth: int) -> Make | None:
     """``x = self * other``: an operand that is not saved is made by its own producer."""
     left = plan.saved(node, "self") or plan.source(node, depth, 0)
     right = None if left is None else plan.saved(node, "other") or plan.source(node, depth, 1)
+    plan.fresh = True
     return None if left is None or right is None else lambda: left() * right()
 
 
@@ -212,6 +224,7 @@ def _layer_norm(plan: _Plan, node: Any, depth: int) -> Make | None:
     bias = plan.saved(node, "bias") or (_nothing if node._raw_saved_bias.data is None else None)
     if eps is None or bias is None:
         return None
+    plan.fresh = True
     return lambda: F.layer_norm(operand(), axes, weight(), bias(), eps)
 
 
