@@ -11,7 +11,16 @@ from lora_fx.kinds.experts import GroupedKind
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 from lora_fx.passes.forms import parameter_form, rows_read
 from lora_fx.passes.homes import branch_of
-from lora_fx.passes.reach import JOINS, Found, Reach, active_nodes, learning_nodes, live_nodes, reach
+from lora_fx.passes.reach import (
+    JOINS,
+    SHUFFLES,
+    Found,
+    Reach,
+    active_nodes,
+    learning_nodes,
+    live_nodes,
+    reach,
+)
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.tree import sites_from_modules
 from lora_fx.passes.twins import Twins, class_names
@@ -111,8 +120,11 @@ def _form(shape: tuple[int, ...], uses: list[Found]) -> tuple[MatrixForm, list[s
     first = forms[0]
     if first is None or any(form is None for form in forms):
         bad = uses[next(i for i, form in enumerate(forms) if form is None)]
-        joined = bad.computed in JOINS
-        how = "joined with other tensors" if joined else "through a view that cuts across the axes"
+        how = "through a view that cuts across the axes"
+        if bad.computed in JOINS:
+            how = "joined with other tensors"
+        elif bad.computed is not None and bad.computed not in SHUFFLES:
+            how = f"computed by {bad.computed}"
         return rows_form(shape), [f"rows by axis 0: {bad.node.name} reads it {how}"]
     for use, form in zip(uses, forms, strict=True):
         if form is None or form == first:

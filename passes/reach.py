@@ -165,15 +165,31 @@ def _follow(user: fx.Node, state: _State, active: frozenset[fx.Node]) -> _State 
         stride, offset = user.meta["stride"], user.meta["offset"]
         layout = None if state.memory is None else state.memory.view(size, stride, offset)
         return _State(user, layout, state.memory, state.computed)
-    return None if "shape" not in state.node.meta else _follow_copy(user, state, size, writes)
+    if _is_pattern(user, state.node):
+        return None
+    copied = None if "shape" not in state.node.meta else _follow_copy(user, state, size, writes)
+    if copied is None and user not in active and not writes:
+        return _copied(user, None, user.meta["op"])
+    return copied
+
+
+def _is_pattern(user: fx.Node, node: fx.Node) -> bool:
+    """Say whether a call asks a tensor for its shape or dtype alone: ``zeros_like``, ``x.view_as(node)``."""
+    op = str(user.meta["op"])
+    if op.endswith("_like") or op.startswith("new_"):
+        return True
+    return (op in COPIES or op.endswith("_as")) and (not user.args or user.args[0] is not node)
 
 
 def _follow_copy(
     user: fx.Node, state: _State, size: tuple[int, ...], writes: tuple[fx.Node, ...]
 ) -> _State | None:
-    """Return the state behind a copy, or behind a computation that keeps the shape."""
+    """Return the state behind a copy, or behind a computation that keeps the shape.
+
+    Whatever else is computed from weights alone (repeated rows, a Kronecker product) is a weight too.
+    """
     if user.meta["op"] in COPIES:
-        if writes or not user.args or user.args[0] is not state.node:
+        if writes:
             return None
         layout = None if state.layout is None else state.layout.reshaped(size)
         return _copied(user, layout, state.computed)

@@ -40,6 +40,10 @@ def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(node.meta.get("shape", ()))
 
 
+NOWHERE = 1 << 16
+"""The ``channel`` of an operand whose output rows no axis of the call's result runs over."""
+
+
 @dataclass(frozen=True)
 class Operand:
     """One weight operand of a call.

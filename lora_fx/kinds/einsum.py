@@ -2,7 +2,8 @@
 
 An axis of the weight that the result keeps is *out*, or *batch* where another operand has it too; an
 axis that is summed over is *in*: ``"bti,hio->bhto"`` has out = o, in = i and a stack over h if some
-other operand has h, else out = (h, o).
+other operand has h, else out = (h, o). In the middle of a chain, ``"bi,io,ok->bk"``, what the first
+other operand has (i) is *in* and the rest (o) *out*.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.kinds.base import Call, Kind, Operand, shape_of
+from lora_fx.kinds.base import NOWHERE, Call, Kind, Operand, shape_of
 
 
 class EinsumKind(Kind):
@@ -65,8 +66,23 @@ def _operand(index: int, terms: list[list[str]], result: list[str], tensors: lis
     out = tuple(a for a in kept if labels[a] not in others)
     batch = tuple(a for a in kept if labels[a] in others)
     inp = tuple(a for a, label in enumerate(labels) if label not in result)
+    source = next((t for i, t in enumerate(tensors) if i != index), None)
+    if len(inp) > 1 and not out:
+        first = next((set(term) for i, term in enumerate(terms) if i != index), set[str]())
+        inp, out = _split(inp, labels, first)
+        return Operand(tensors[index], source, shape, out, inp, batch, channel=NOWHERE)
     if not inp or not out:
         return None  # no matrix: an elementwise product, or a sum
-    source = next((t for i, t in enumerate(tensors) if i != index), None)
     channel = result.index(labels[out[-1]]) - len(result)
     return Operand(tensors[index], source, shape, out, inp, batch, channel=channel)
+
+
+def _split(summed: tuple[int, ...], labels: list[str], first: set[str]) -> tuple[tuple[int, ...], ...]:
+    """Return (in, out) of axes that are all summed over, as in the middle of a chain of products.
+
+    In are those that the first other operand has; where that is all or none of them, all but the first.
+    """
+    inp = tuple(a for a in summed if labels[a] in first)
+    if not inp or inp == summed:
+        inp = summed[1:]
+    return inp, tuple(a for a in summed if a not in inp)

@@ -1,4 +1,4 @@
-"""Matrix products with a parameter on either side: matmul, mm, bmm, addmm, baddbmm, tensordot.
+"""Matrix products with a parameter on either side: matmul, mm, bmm, addmm, baddbmm, tensordot, chains.
 
 ``y = x W`` has ``W: (.., in, out)`` and ``y = W x`` has ``W: (.., out, in)``; leading axes are a stack
 of matrices. transformers' ``Conv1D`` is ``addmm(b, x, W)`` with ``W: (in, out)``.
@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
+from lora_fx.kinds.base import (
+    NOWHERE,
+    Branch,
+    Call,
+    Kind,
+    LiveParts,
+    Operand,
+    add_rows,
+    low_rank,
+    shape_of,
+)
 from lora_fx.kinds.fused_linear import fusable, fused_linear
 from lora_fx.matrix import MatrixForm, columns_form
 
@@ -27,8 +37,11 @@ _FACTORS: Mapping[str, tuple[int, str, str]] = {
     "addmv": (1, "mat", "vec"),
     "addbmm": (1, "batch1", "batch2"),
     "baddbmm": (1, "batch1", "batch2"),
+    "sparse_mm": (0, "mat1", "mat2"),
 }
 """The position of the left factor, and the names of both."""
+_IN_PLACE = frozenset({"addmm_", "addmv_", "addbmm_", "baddbmm_"})
+_CHAINS = frozenset({"linalg_multi_dot", "multi_dot", "chain_matmul"})
 
 
 def adapted_addmm(
@@ -54,7 +67,7 @@ class MatmulKind(Kind):
     """Matrix products; the weight is whichever factor is a parameter."""
 
     name = "matmul"
-    ops = frozenset({*_FACTORS, "tensordot"})
+    ops = frozenset({*_FACTORS, *_IN_PLACE, *_CHAINS, "tensordot", "inner"})
 
     @property
     def branches(self) -> Mapping[str, Branch]:
@@ -80,11 +93,19 @@ class MatmulKind(Kind):
         """Both factors are places for a weight."""
         if call.op == "tensordot":
             return _tensordot(call)
-        place, left_name, right_name = _FACTORS[call.op]
+        if call.op == "inner":
+            return _inner(call)
+        if call.op in _CHAINS:
+            return _chain(call)
+        place, left_name, right_name = _FACTORS[call.op.rstrip("_")]
         left, right = call.arg(place, left_name), call.arg(place + 1, right_name)
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
             return ()
         dims, found = (len(shape_of(left)), len(shape_of(right))), list[Operand]()
+        if 1 in dims:
+            # A vector may be one row of a weight: its other rows are multiplied elsewhere.
+            vectors = [(w, x) for w, x in ((right, left), (left, right)) if len(shape_of(w)) == 1]
+            found += [Operand(w, x, shape_of(w), (), (0,), channel=NOWHERE) for w, x in vectors]
         if dims[1] >= 2:
             batch, (inp, out) = _axes(dims[1])
             found.append(Operand(right, left, shape_of(right), (out,), (inp,), batch, channel=-1))
@@ -111,6 +132,35 @@ def _conv1d() -> tuple[type[nn.Module], ...]:
 
 def _axes(dims: int) -> tuple[tuple[int, ...], tuple[int, int]]:
     return tuple(range(dims - 2)), (dims - 2, dims - 1)
+
+
+def _inner(call: Call) -> tuple[Operand, ...]:
+    """``inner(x, W)`` sums over the last axes of both."""
+    left, right = call.arg(0, "input"), call.arg(1, "other")
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return ()
+    pairs = ((right, left, True), (left, right, False))
+    return tuple(
+        _contraction(weight, other, [-1], last=last)
+        for weight, other, last in pairs
+        if len(shape_of(weight)) >= 2
+    )
+
+
+def _chain(call: Call) -> tuple[Operand, ...]:
+    """A product of several matrices: each after the first is multiplied from the right."""
+    given = call.args[0] if call.args and isinstance(call.args[0], (list, tuple)) else call.args
+    factors: Sequence[Any] = given or call.kwargs.get("tensors", ())
+    if not all(isinstance(factor, fx.Node) for factor in factors):
+        return ()
+    found: list[Operand] = []
+    channels = {0: -2, len(factors) - 1: -1}
+    for place, factor in enumerate(factors):
+        if len(shape_of(factor)) == 2:
+            out, inp = ((0,), (1,)) if place == 0 else ((1,), (0,))
+            other, channel = factors[1 if place == 0 else place - 1], channels.get(place, NOWHERE)
+            found.append(Operand(factor, other, shape_of(factor), out, inp, channel=channel))
+    return tuple(found)
 
 
 def _tensordot(call: Call) -> tuple[Operand, ...]:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora_fx
 from lora_fx.kinds import BY_OP
 from lora_fx.kinds.base import LivePart
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.kinds.matmul import adapted_addmm
-from lora_fx.matrix import columns_form
+from lora_fx.matrix import columns_form, rows_form
 from lora_fx.passes.match import match
 from lora_fx.passes.trace import trace
 from lora_fx.sites import Site
+from tests.by_hand import check, randomise
 
 
 class Product(nn.Module):
@@ -57,6 +59,25 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[Tensor, Tensor], Tensor], tupl
     ("einsum", (4, 6), lambda x, w: torch.einsum("...i,io->...o", [x, w]), (2, 3, 4), ((1,), (0,), ())),
     ("einsum", (4, 6), lambda x, w: torch.einsum("bi,io", x, w), (2, 4), ((1,), (0,), ())),
     ("linear", (8, 4), F.linear, (2, 4), ((0,), (1,), ())),
+    ("inner", (6, 4), torch.inner, (2, 4), ((0,), (1,), ())),
+    ("inner", (3, 2, 4), lambda x, w: torch.inner(w, x), (5, 4), ((0, 1), (2,), ())),
+    (
+        "linalg_multi_dot",
+        (4, 6),
+        lambda x, w: torch.linalg.multi_dot([x, w]),
+        (2, 4),
+        ((1,), (0,), ()),
+    ),
+    ("linalg_multi_dot", (6, 4), lambda x, w: torch.linalg.multi_dot([w, x.t()]), (2, 4), ((0,), (1,), ())),
+    (
+        "einsum",
+        (4, 6),
+        lambda x, w: torch.einsum("bi,io,ok->bk", x, w, torch.eye(6).to(x)),
+        (2, 4),
+        ((1,), (0,), ()),
+    ),
+    ("addmm_", (4, 6), lambda x, w: x.new_zeros(2, 6).addmm_(x, w), (2, 4), ((1,), (0,), ())),
+    ("sparse_mm", (4, 6), lambda x, w: torch.sparse.mm(x.to_sparse(), w), (2, 4), ((1,), (0,), ())),
 ]
 
 
@@ -94,6 +115,16 @@ def test_the_result_depends_on_rows_as_the_form_says(
     moved = function(x, model.w + form.weight(b @ a)) - function(x, model.w)
     # One output row was moved: of the result, one entry along the output axes.
     assert 0 < int((moved.abs() > 1e-12).sum()) <= moved.numel() * (form.experts or 1) // form.out_features
+
+
+def test_vectors_may_be_the_rows_of_a_weight() -> None:
+    site = site_of((6, 4), lambda x, w: torch.stack([x @ row for row in w], -1), torch.randn(2, 4))
+    assert (site.kind, site.form) == ("matmul", rows_form((6, 4)))
+    assert [use.rows for use in site.uses] == [((i, i + 1),) for i in range(6)]
+    model, x = Product((6, 4), lambda x, w: torch.stack([x @ row for row in w], -1)), torch.randn(2, 4)
+    lora_fx.inject(model.double(), lora_fx.Policy(lora_fx.Rule(rank=2)), x.double(), seed=0)
+    randomise(model)
+    check(model, x.double())
 
 
 @pytest.mark.parametrize("equation", ["bi,ii->b", "bi,oi->boi"], ids=["a diagonal", "an elementwise product"])

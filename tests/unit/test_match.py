@@ -324,6 +324,43 @@ def test_a_standardised_convolution() -> None:
     assert "computed by batch_norm" in site.uses[0].why
 
 
+@pytest.mark.parametrize(
+    ("shape", "compute"),
+    [
+        ((2, 4), lambda w: w.repeat(3, 1)),
+        ((3, 6, 4), lambda w: w.mean(0)),
+        ((3, 2), lambda w: torch.kron(w, torch.ones(2, 2))),
+        ((9, 4), lambda w: w[torch.tensor([0, 2, 3])]),
+        ((6, 1), lambda w: w * torch.ones(4)),
+    ],
+    ids=["repeated", "averaged", "kronecker", "rows by number", "spread"],
+)
+def test_what_is_computed_from_weights_alone_is_a_weight(
+    shape: tuple[int, ...], compute: Callable[[Tensor], Tensor]
+) -> None:
+    site = site_of(shape, lambda x, w: linear(x, compute(w)))
+    assert (site.kind, site.form, site.unfit) == ("linear", rows_form(shape), None)
+    assert [use.branch for use in site.uses] == [False]
+    assert "computed by" in site.uses[0].why
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        lambda x, w: linear(x, torch.ones_like(w)),
+        lambda x, w: linear(x, torch.ones(24).view_as(w)),
+        lambda x, w: linear(x, w.new_ones(6, 4)),
+        lambda x, w: linear(x, torch.ones(1, 4).expand_as(w)),
+    ],
+)
+def test_a_weight_that_is_a_pattern_alone_is_not_multiplied(
+    pattern: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    site = site_of((6, 4), lambda x, w: pattern(x, w) + w.sum())
+    assert site.uses == ()
+    assert "never multiplied" in str(site.unfit)
+
+
 def test_shuffled_elements_keep_no_form() -> None:
     site = site_of((6, 4), lambda x, w: linear(x, w.flip(0)))
     assert site.form == rows_form((6, 4))
