@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ def make_plan(
         notes += arithmetic
         # A weight that lost its adapter to the budget loses its bias too.
         extras = bias_extras(policy.bias, decisions, parameters, trained)
+    notes += _large_weights(decisions)
     plan = Plan(
         decisions=decisions,
         model=model,
@@ -105,6 +107,33 @@ def _refuse_dropout(decisions: Sequence[Decision]) -> None:
             f"({first.form_reason})",
             advice=f"Put Rule(name={first.name!r}, ...) without dropout before {first.rule}, or drop it.",
         )
+
+
+LARGE = 1 << 28
+"""Effective weights of so many bytes in all (256 MiB) are worth a warning."""
+
+
+def _large_weights(decisions: Sequence[Decision]) -> list[str]:
+    """Note (and warn of) effective weights that are large: each is computed anew while training."""
+    sizes = {
+        d.name: math.prod(d.site.shape) * _ITEMSIZES.get(d.site.dtype, 4)
+        for d in decisions
+        if d.form in ("weight", "mixed")
+    }
+    total = sum(sizes.values())
+    if total < LARGE:
+        return []
+    name = max(sizes, key=sizes.__getitem__)
+    why = next(d.form_reason for d in decisions if d.name == name)
+    note = (
+        f"{len(sizes)} weights are adapted in the weight form, which computes W anew in every training step: "
+        f"{total / 2**20:,.0f} MiB in all; {name} for one: {why}"
+    )
+    warnings.warn(note, UserWarning, stacklevel=4)
+    return [note]
+
+
+_ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _refuse_nothing(plan: Plan, policy: Policy, facts: Sequence[Site]) -> None:

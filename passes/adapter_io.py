@@ -73,7 +73,12 @@ def _tensors(model: nn.Module, plan: Plan, adapter: str, holders: Owners) -> Ite
 def _binding(module: nn.Module) -> Binding:
     held = binding(module)
     if held is None:
-        raise RuntimeError(f"{type(module).__name__} lost its adapters")
+        raise PlanError(
+            type(module).__name__,
+            expected="the module that the plan says was adapted",
+            got="one without adapters: it was put there after inject",
+            advice="Put the adapted module back, or call lora_fx.unload and inject again.",
+        )
     return held
 
 

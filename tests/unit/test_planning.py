@@ -648,3 +648,18 @@ def test_dtypes_that_take_no_adapter_are_skipped_with_the_true_reason(dtype, why
     decision = plan([site("w", dtype=dtype), site("v")], Policy(Rule()))["w"]
     assert (decision.action, decision.reason) == ("skip", Reason.NOT_FLOAT)
     assert why in decision.detail
+
+
+def test_large_weights_in_the_weight_form_are_warned_of():
+    sites = [
+        site("large", (8192, 8192), uses=(WEIGHT,)),
+        site("small", uses=(WEIGHT,)),
+        site("plain", (9000, 9000)),
+    ]
+    with pytest.warns(
+        UserWarning, match=r"2 weights .* 256 MiB in all; large for one: .*read outside"
+    ) as seen:
+        made = plan(sites, Policy(Rule()))
+    assert [str(seen[0].message)] == list(made.notes)
+    smaller = [site("large", (8192, 8191), uses=(WEIGHT,)), site("half", (8192, 8192), dtype="float16")]
+    assert plan(smaller, Policy(Rule())).notes == ()

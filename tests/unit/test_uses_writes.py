@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,13 @@ def test_weights_tied_after_inject_keep_an_adapter_each(adapted: str) -> None:
     lora_fx.fold(model)
     assert distance(run(model, x), wanted) < 1e-12
     torch.testing.assert_close(model[0].weight.detach() - model[2].weight.detach(), apart)
+
+
+def test_a_module_put_in_place_of_an_adapted_one_is_named(tmp_path: Path) -> None:
+    model = injected()
+    model.body = nn.Linear(8, 8).double()
+    with pytest.raises(lora_fx.PlanError, match="put there after inject"):
+        lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
 
 
 def test_a_state_dict_of_the_base_or_of_the_whole() -> None:
