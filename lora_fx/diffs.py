@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import PlanError
+from lora_fx.fitted import FittedTable
 from lora_fx.sites import Site
-from lora_fx.tables import as_text, name_pattern, plain_table, ranks_text, rows_text, shape_text
+from lora_fx.tables import as_text, name_pattern, ranks_text, rows_text, shape_text
 
 if TYPE_CHECKING:
     from lora_fx.plans import Decision, Extra, Plan
 
 _SHOWN = 8
+_BESIDE_DECISIONS: Mapping[str, str] = {
+    "reason": "rule", "rank": "", "rows": "all", "form": "", "scale": "1",
+    "dropout": "0", "dora": "False", "init": "kaiming",
+}  # fmt: skip
+"""What is said beside a decision, with what is usual and need not be shown."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,46 @@ class PlanDiff:
         """Say whether there is a difference."""
         return bool(self.changes)
 
-    def __rich__(self) -> Table | Text:
+    def __rich__(self) -> FittedTable | Text:
         """Render as a table, layers that differ alike in one line."""
         if not self.changes:
             return Text("no difference")
-        table = plain_table(("weight", "n", "what", "before", "after"))
+        table = FittedTable(("weight", "n", "what", "before", "after"))
         groups: dict[tuple[str, ...], list[str]] = {}
-        for change in self.changes:
+        for change in _shown(self.changes):
             key = (name_pattern([change.name], wild=True), change.what, change.before, change.after)
             groups.setdefault(key, []).append(change.name)
         for (_, what, before, after), names in groups.items():
-            table.add_row(
-                Text(name_pattern(names) or "(the plan)"), str(len(names)), what, Text(before), Text(after)
-            )
+            table.add_row(name_pattern(names) or "(the plan)", str(len(names)), what, before, after)
         return table
 
     def __str__(self) -> str:
         """Return the table as text."""
         return as_text(self.__rich__())
+
+
+def _shown(changes: Sequence[Change]) -> list[Change]:
+    """Leave to a decision what follows from it: a weight adapted by one plan alone has a rank there alone."""
+    decided = {change.name for change in changes if change.what == "decision"}
+    sides: dict[str, tuple[list[str], list[str]]] = {}
+    for change in changes:
+        if change.name in decided and change.what in _BESIDE_DECISIONS:
+            for texts, value in zip(
+                sides.setdefault(change.name, ([], [])), (change.before, change.after), strict=True
+            ):
+                texts.extend(
+                    [f"{change.what} {value}"] if value and value != _BESIDE_DECISIONS[change.what] else []
+                )
+
+    def told(change: Change) -> Change:
+        if change.what != "decision" or change.name not in sides:
+            return change
+        before, after = sides[change.name]
+        return replace(
+            change, before=", ".join([change.before, *before]), after=", ".join([change.after, *after])
+        )
+
+    return [told(c) for c in changes if c.name not in decided or c.what not in _BESIDE_DECISIONS]
 
 
 def diff_plans(before: Plan, after: Plan) -> PlanDiff:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from lora_fx.fitted import FittedTable
 from lora_fx.matrix import Rows
 
 if TYPE_CHECKING:
@@ -20,30 +20,32 @@ if TYPE_CHECKING:
     from lora_fx.plans import Decision, Plan
 
 _STYLE: Mapping[str, str] = {"adapt": "green", "train": "cyan", "skip": "dim"}
-_WIDTH = 150
+_WIDTH = 160
+_LONGEST_ROLES = 36
 
 
-def as_text(renderable: RenderableType, width: int = _WIDTH) -> str:
-    """Return what rich would show, as plain text."""
+def as_text(renderable: RenderableType) -> str:
+    """Return what rich would show, as plain text: as wide as the terminal (or COLUMNS), 160 without."""
     buffer = io.StringIO()
+    width = shutil.get_terminal_size((_WIDTH, 0)).columns
     Console(file=buffer, width=width, color_system=None, force_terminal=False).print(renderable)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
 
 
 def plan_table(plan: Plan) -> Group:
     """Render a plan; weights that differ in layer numbers only share a line."""
-    table = plain_table(
+    table = FittedTable(
         ("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "why")
     )
     rules = _numbered(d.rule for d in plan.decisions)
     for group in _grouped(plan.decisions):
         first = group[0]
         table.add_row(
-            Text(name_pattern([d.name for d in group]), overflow="fold"),
+            name_pattern([d.name for d in group]),
             str(len(group)),
             first.site.kind,
             shape_text(first.site.shape),
-            roles_text(first.site.roles),
+            _roles_cell(first.site.roles),
             first.action,
             ranks_text(first),
             f"{sum(d.parameters for d in group):,}" if first.action != "skip" else "",
@@ -66,16 +68,16 @@ def plan_table(plan: Plan) -> Group:
 
 def audit_table(audit: Audit) -> Group:
     """Render an audit: every weight on its own line, then the totals."""
-    table = plain_table(
+    table = FittedTable(
         ("weight", "kind", "shape", "roles", "decision", "rank", "trained", "form", "|dW|/|W|", "why")
     )
     rules = _numbered(row.rule for row in audit.rows)
     for row in audit.rows:
         table.add_row(
-            Text(row.name, overflow="fold"),
+            row.name,
             row.kind,
             shape_text(row.shape),
-            roles_text(row.roles),
+            _roles_cell(row.roles),
             row.action,
             row.rank_text,
             f"{row.parameters:,}" if row.parameters else "",
@@ -99,20 +101,6 @@ def audit_table(audit: Audit) -> Group:
 def _title(what: str, model: str, examples: str | None) -> Text:
     shown = f"{what}: {model}" if model else what
     return Text(f"{shown}; example inputs: {examples or 'none'}", style="bold")
-
-
-def plain_table(columns: Sequence[str]) -> Table:
-    """Return an empty table in the style of all tables here."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
-    for name in columns:
-        numeric = name in {"n", "trained", "|dW|/|W|"}
-        table.add_column(
-            name,
-            justify="right" if numeric else "left",
-            no_wrap=numeric or name in {"kind", "decision", "form", "shape", "rank", "what"},
-            overflow="fold",
-        )
-    return table
 
 
 def _numbered(rules: Iterable[str | None]) -> dict[str, int]:
@@ -152,6 +140,14 @@ def rows_text(rows: Rows | None) -> str:
 def roles_text(roles: Mapping[str, Rows | None]) -> str:
     """Return roles with their rows, rows left out where a role has all of them."""
     return " ".join(role if rows is None else f"{role}[{rows_text(rows)}]" for role, rows in roles.items())
+
+
+def _roles_cell(roles: Mapping[str, Rows | None]) -> str:
+    """Return roles in one line, or one below the other where that is long."""
+    text = roles_text(roles)
+    if len(text) <= _LONGEST_ROLES:
+        return text
+    return "\n".join(roles_text({role: rows}) for role, rows in roles.items())
 
 
 def ranks_text(decision: Decision) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
+import pytest
 from rich.console import Console
 
-from lora_fx.audits import audit_plan
+from lora_fx.audits import Audit, audit_plan
+from lora_fx.matrix import Rows
+from lora_fx.plans import Plan
 from lora_fx.policy import Policy, Rule, Skip, Train
 from lora_fx.tables import bytes_text, rows_text, trained_text
 from tests.unit.site_builders import WEIGHT, fused, plan, site, transformer
@@ -81,10 +85,63 @@ def test_the_tables_say_what_was_decided():
         assert "of 1,500 parameters trained" in flat
 
 
-def test_the_table_renders_in_a_narrow_terminal():
+NAMES = (
+    "gpt_neox.layers.{0-1}.attention.query_key_value.weight",
+    "gpt_neox.layers.0.mlp.dense_h_to_4h.weight",
+)
+INTERLEAVED: dict[str, Rows | None] = {
+    role: tuple((at + start, at + start + 2) for at in range(0, 24, 6)) for start, role in enumerate("qkv")
+}
+
+
+def wide() -> tuple[Plan, Plan]:
+    """Two plans with long names, many rows and long reasons."""
+    qkv = "gpt_neox.layers.{}.attention.query_key_value.weight"
+    sites = [site(qkv.format(i), (24, 8), roles=INTERLEAVED) for i in range(2)]
+    sites.append(site(NAMES[1], roles={"up": None}))
+    return plan(sites, Policy(Rule(role="qv", rank=40), Rule(role="up", rank=2, dora=True))), plan(
+        sites, Policy(Rule(role="k", rank=1))
+    )
+
+
+def shown_at(width: int, record: Any) -> list[str]:
     buffer = io.StringIO()
-    Console(file=buffer, width=60).print(audit_plan(sample()))
-    assert all(len(line) <= 60 for line in buffer.getvalue().splitlines())
+    Console(file=buffer, width=width).print(record)
+    return buffer.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160, 300])
+def test_tables_fit_name_weights_whole_and_cut_nothing_off(width: int) -> None:
+    made, other = wide()
+    for record, said in (
+        (made, ("q[0:2,.. 4 ranges, 8 rows]", "rank 40 capped at 8", "no branch for it exists")),
+        (audit_plan(made), ("v[2:4,.. 4 ranges, 8 rows]", "rank 40 capped at 8", "no branch for it exists")),
+        (made.diff(other), ("adapt, rank 2, form weight, dora True", "skip, reason no-rule")),
+    ):
+        lines = shown_at(width, record)
+        assert all(len(line) <= width for line in lines)
+        text = " ".join(" ".join(lines).split())
+        names = NAMES if not isinstance(record, Audit) else (NAMES[0].replace("{0-1}", "1"), NAMES[1])
+        assert all(name in text for name in names)
+        # Word by word: the lines of cells side by side alternate.
+        assert {word for words in said for word in words.split()} <= set(text.split())
+
+
+def test_a_name_that_is_wider_than_the_terminal_is_broken_at_its_dots() -> None:
+    lines = shown_at(30, wide()[0])
+    assert all(len(line) <= 30 for line in lines)
+    start = lines.index("gpt_neox.layers.{0-1}.")
+    assert [line.rstrip() for line in lines[start + 1 : start + 3]] == [
+        f"    {part}" for part in ("attention.query_key_value.", "weight")
+    ]
+
+
+def test_text_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = wide()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, str(made).splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "300")
+    assert max(map(len, str(made).splitlines())) > 160
 
 
 def test_equal_layers_share_a_line_and_different_ones_do_not():
