@@ -13,6 +13,7 @@ from lora_fx.passes.match import match
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.trace import Trace, trace
 from lora_fx.sites import Site
+from tests.zoo import presets
 from tests.zoo.perturbation import perturb
 from tests.zoo.roles_table import all_truths, examine
 from tests.zoo.roles_truth import Truth
@@ -93,3 +94,8 @@ def test_the_truth_refuses_slips() -> None:
         Truth("", ALL["bert"].build, "*.query_key_value = query").roles(site)
     interleaved = Truth("", ALL["bert"].build, "*.query_key_value = q[0:8/24] v[90:96]").roles(site)
     assert interleaved == {"q": ((0, 8), (24, 32), (48, 56), (72, 80)), "v": ((90, 96),)}
+
+
+@pytest.mark.zoo
+def test_the_page_of_presets_is_what_they_adapt() -> None:
+    assert list(presets.lines()) == presets.PATH.read_text().splitlines()
