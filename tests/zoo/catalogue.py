@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.zoo.hints import HINTS
-from tests.zoo.inputs import BATCH, dummy_inputs
+from tests.zoo.inputs import BATCH, dummy_inputs, part_with
 from tests.zoo.tiny_configs import tiny
 
 Built = tuple[nn.Module, dict[str, Any]]
@@ -146,20 +146,20 @@ def torchvision_names() -> list[str]:
     """Return one name per torchvision family of classifiers and of segmenters."""
     from torchvision import models
 
-    found: dict[str, str] = {}
+    families: dict[tuple[str, str, bool], list[str]] = {}
     for group in (models, models.segmentation):
         for name in models.list_models(module=group):
-            family = models.get_model_builder(name).__module__
-            held = found.get(family)
-            if held is None or _torchvision_rank(name) < _torchvision_rank(held):
-                found[family] = name
-    # two architectures in one file
-    found["swin_v2"] = "swin_v2_t"
-    return sorted(f"torchvision/{name}" for name in found.values())
+            word = re.match("[a-z]+", name)
+            assert word is not None
+            family = models.get_model_builder(name).__module__, word[0], "v2" in name
+            families.setdefault(family, []).append(name)
+    return sorted(f"torchvision/{min(members, key=_torchvision_size)}" for members in families.values())
 
 
-def _torchvision_rank(name: str) -> tuple[int, int, str]:
-    return _rank(name), len(name), name
+def _torchvision_size(name: str) -> int:
+    from torchvision import models
+
+    return min(weights.meta["num_params"] for weights in models.get_model_weights(name))
 
 
 def _torchvision(name: str) -> Built:
@@ -170,8 +170,10 @@ def _torchvision(name: str) -> Built:
         options["init_weights"] = False
     if models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
         options["weights_backbone"] = None
+    size = {"inception_v3": 128, "maxvit_t": 224}.get(name, 64)
+    if name.startswith("vit_"):
+        options["image_size"] = size
     model = models.get_model(name, num_classes=10, **options)
-    size = {"inception_v3": 96, "vit_b_16": 224, "maxvit_t": 224}.get(name, 64)
     return model, {next(iter(_forward_names(model))): torch.randn(BATCH, 3, size, size)}
 
 
@@ -195,11 +197,22 @@ def _transformers(name: str) -> Built:
         try:
             config = tiny(config_class, dict(hints.get("config", {})))
             config._attn_implementation = hints.get("attention", "eager")
+            for part in parts_of(config):
+                if getattr(part, "use_cache", None):
+                    part.use_cache = False
             model = head(config).eval()
-            return model, _fitting_inputs(model, hints)
+            return model, _first_fitting(model, hints)
         except Exception as error:  # noqa: BLE001 - a head that does not suit: the next is tried
             refusal = refusal or error
     raise refusal or RuntimeError(f"no class of {name}")
+
+
+def parts_of(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those inside it."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            yield from parts_of(value)
 
 
 def candidates(name: str, hints: dict[str, Any]) -> Iterator[type[nn.Module]]:
@@ -213,7 +226,7 @@ def candidates(name: str, hints: dict[str, Any]) -> Iterator[type[nn.Module]]:
     for head in _HEADS:
         found = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(name)
         if found is not None:
-            yield _class(name, found)
+            yield _class(name, found[0] if isinstance(found, tuple) else found)
             break
     base = modeling_auto.MODEL_MAPPING_NAMES[name]
     yield _class(name, base[0] if isinstance(base, tuple) else base)
@@ -229,6 +242,23 @@ def _class(model_type: str, name: str) -> type[nn.Module]:
         f"transformers.models.{model_type}.modeling_{model_type}"
     )
     return getattr(module, name)
+
+
+def _first_fitting(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
+    """Return the first kind of inputs that the model takes: images may be films, mels and sounds lie otherwise."""
+    refusal: Exception | None = None
+    for kind in ({}, {"frames": (_frames(model),)}, {"bins_first": True}, {"channels": (1,)}):
+        try:
+            return _fitting_inputs(model, {**kind, **hints})
+        except Exception as error:  # noqa: BLE001 - as for the heads
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _frames(model: nn.Module) -> int:
+    config: Any = model.config
+    return getattr(part_with(config, "num_frames"), "num_frames", None) or 2
 
 
 def _fitting_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:

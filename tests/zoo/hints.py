@@ -10,6 +10,39 @@ from typing import Any
 
 import torch
 
+_SERIES: dict[str, Any] = {
+    "config": {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "inputs": lambda config: {
+        "past_values": torch.randn(2, 15),
+        "past_time_features": torch.randn(2, 15, config.num_time_features),
+        "past_observed_mask": torch.ones(2, 15),
+        "future_values": torch.randn(2, 4),
+        "future_time_features": torch.randn(2, 4, config.num_time_features),
+    },
+}
+
+
+def _rotary(sections: list[int], part: str = "") -> dict[str, Any]:
+    """Return a hint of how many channels of half a head turn with time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    return {"config": {f"{part}rope_parameters": rope}}
+
+
+_BACKBONE: dict[str, Any] = {
+    "config": {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 16,
+            "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage4"],
+        },
+    }
+}
+
 HINTS: dict[str, dict[str, Any]] = {
     "swin": {"config": {"window_size": 2, "image_size": 64}},
     "swinv2": {"config": {"window_size": 2}},
@@ -21,4 +54,34 @@ HINTS: dict[str, dict[str, Any]] = {
         "main": "input_values",
         "inputs": lambda _: {"input_values": torch.randn(2, 64, 32)},
     },
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    "detr": _BACKBONE,
+    "conditional_detr": _BACKBONE,
+    "dab-detr": _BACKBONE,
+    "table-transformer": _BACKBONE,
+    "deformable_detr": {
+        "config": {**_BACKBONE["config"], "num_feature_levels": 1},
+    },
+    "textnet": {"image": 64},
+    "univnet": {
+        "config": {"model_hidden_channels": 8, "kernel_predictor_hidden_channels": 8},
+        "mel": (8, 64),
+    },
+    **{
+        name: _rotary([2, 3, 3], "text_config.")
+        for name in ("glm46v", "glm4v", "glm_image", "glm_ocr", "glmga")
+    },
+    **{name: _rotary([2, 3, 3]) for name in ("glm4v_text", "glm_image_text", "glm_ocr_text")},
+    "glm4v_moe": _rotary([1, 1, 2], "text_config."),
+    "glm4v_moe_text": _rotary([1, 1, 2]),
+    "vits": {"config": {"upsample_initial_channel": 32, "spectrogram_bins": 33}},
+    "gemma3n_vision": {"config": {"architecture": "mobilenetv3_small_050"}},
+    "reformer": {"config": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0}},
+    "flava": {"image": 32},
+    "mamba2": {"config": {"num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "n_groups": 1}},
+    "gpt_neo": {"config": {"attention_types": [[["global", "local"], 1]]}},
+    "xmod": {"config": {"languages": ["en_XX"], "default_language": "en_XX"}},
+    "sam": {"image": 64},
 }

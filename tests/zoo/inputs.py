@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 LENGTH, BATCH = 9, 2
+GRID = 4
+"""Patches in height and in width of an image that is given as a sequence of patches."""
 
 
 def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
@@ -20,12 +22,18 @@ def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
         "input_ids": lambda: _ids(config),
         "pixel_values": lambda: _image(config, hints),
         "pixel_values_videos": lambda: _video(config, hints),
-        "input_values": lambda: _noise(BATCH, hints.get("samples", 1600)),
+        "input_values": lambda: _noise(BATCH, *hints.get("channels", ()), hints.get("samples", 1600)),
         "input_features": lambda: _noise(BATCH, *_mel(config, hints)),
         "decoder_input_ids": lambda: _ids(config),
         "bbox": lambda: torch.zeros(BATCH, LENGTH, 4, dtype=torch.long),
+        "grid_thw": lambda: torch.tensor([[1, GRID, GRID]] * BATCH),
+        "hidden_states": lambda: _patches(config),
+        "past_values": lambda: _noise(BATCH, part_with(config, "context_length").context_length, 1),
     }
-    wanted = [main, *hints.get("also", ())]
+    needed = [n for n in makers if _required(accepted, n)]
+    wanted = list(dict.fromkeys([main, *needed, *hints.get("also", ())]))
+    if "grid_thw" in wanted:
+        makers["pixel_values"] = makers["hidden_states"]
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         wanted.append("decoder_input_ids")
     if "bbox" in accepted:
@@ -46,6 +54,13 @@ def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
     extra = hints.get("inputs")
     found.update(extra(config) if callable(extra) else {})
     return {k: v for k, v in found.items() if v is not None}
+
+
+def _patches(config: Any) -> Tensor:
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[-1]
+    frames = getattr(config, "temporal_patch_size", None) or 1
+    return _noise(BATCH * GRID * GRID, channels * frames * patch * patch)
 
 
 def _required(accepted: Any, name: str) -> bool:
@@ -94,7 +109,8 @@ def _image(config: Any, hints: dict[str, Any]) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     holder = part_with(config, "num_channels") or part_with(config, "in_channels")
     channels = getattr(holder, "num_channels", None) or getattr(holder, "in_channels", None) or 3
-    return _noise(BATCH, channels if isinstance(channels, int) else 3, height, width)
+    frames = hints.get("frames", ())
+    return _noise(BATCH, *frames, channels if isinstance(channels, int) else 3, height, width)
 
 
 def _video(config: Any, hints: dict[str, Any]) -> Tensor:

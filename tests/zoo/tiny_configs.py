@@ -17,7 +17,8 @@ _INTEGERS: tuple[tuple[str, Any], ...] = (
     (r"bos_token_id", 1),
     (r"eos_token_id|sep_token_id", 2),
     (r".*token_(id|index)", lambda n: n if n < VOCABULARY else None),
-    (r".*(vocab_size|num_embeddings|codebook_size|vocab_size_.*)", lambda n: min(n, VOCABULARY)),
+    (r".*codebook_size", lambda n: min(n, 128)),  # a power of two
+    (r".*(vocab_size|num_embeddings|vocab_size_.*)", lambda n: min(n, VOCABULARY)),
     (r"type_vocab_size|num_labels", None),
     (
         r"max_.*position.*|n_positions|.*max_position.*|max_(seq|source|target).*|context_length",
@@ -67,6 +68,11 @@ _LISTS: tuple[tuple[str, Any], ...] = (
 )
 
 
+_LAYERED = ("layer_types", "mlp_layer_types", "layers_block_type")
+_SECTIONS = [2, 3, 3]
+"""Parts of half a head, for time, height and width."""
+
+
 def tiny(config_class: type, overrides: dict[str, Any]) -> Any:
     """Return a small configuration of this class; ``overrides`` name fields, ``a.b`` those of a part."""
     return config_class(**tiny_fields(config_class, overrides))
@@ -77,7 +83,7 @@ def tiny_fields(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]
     default = config_class()
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        value = getattr(default, field.name, None)
+        value = _value(default, field.name)
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             inner = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(field.name + ".")}
             changed = _changed(value, inner)
@@ -86,8 +92,10 @@ def tiny_fields(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]
         small = _small(field.name, value, default)
         if small is not None:
             fields[field.name] = small
-    for layered in ("layer_types", "mlp_layer_types", "layers_block_type"):
+    for layered in _LAYERED:
         fields.pop(layered, None)
+    if fields.get("head_dim") is None and "head_dim" in {f.name for f in dataclasses.fields(config_class)}:
+        fields["head_dim"] = HIDDEN // HEADS
     fields.update({k: v for k, v in overrides.items() if "." not in k and not k.startswith("_")})
     return fields
 
@@ -95,15 +103,29 @@ def tiny_fields(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]
 def _changed(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     """A part keeps its own defaults where no pattern knows better."""
     changed = tiny_fields(type(config), overrides)
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+    for name in _LAYERED:
         if getattr(config, name, None) is not None and name not in overrides:
             changed[name] = None
     return changed
 
 
+def _value(default: Any, name: str) -> Any:
+    try:
+        return getattr(default, name, None)
+    except Exception:  # noqa: BLE001 - a field that each layer has of its own: the class says so its own way
+        return None
+
+
 def _small(name: str, value: Any, default: Any) -> Any:
     if isinstance(value, bool):
         return None
+    if isinstance(value, dict) and "mrope_section" in value:
+        return {**value, "mrope_section": _SECTIONS[: len(value["mrope_section"])]}
+    if name == "per_layer_config" and isinstance(value, dict):
+        return {k: v for k, v in value.items() if int(k) < LAYERS}
+    layers = _value(default, "num_hidden_layers")
+    if isinstance(value, (list, tuple)) and isinstance(layers, int) and len(value) == layers > LAYERS:
+        return value[:LAYERS]
     if isinstance(value, int) and value > 0:
         return _integer(name, value, default)
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and v > 0 for v in value):
