@@ -245,7 +245,7 @@ def _class(model_type: str, name: str) -> type[nn.Module]:
 
 
 def _first_fitting(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
-    """Return the first kind of inputs that the model takes: images may be films, mels and sounds lie otherwise."""
+    """Return the first kind of inputs that the model takes: films for images, other axes for sounds."""
     refusal: Exception | None = None
     for kind in ({}, {"frames": (_frames(model),)}, {"bins_first": True}, {"channels": (1,)}):
         try:

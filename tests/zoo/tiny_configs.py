@@ -116,6 +116,10 @@ def _value(default: Any, name: str) -> Any:
         return None
 
 
+def _is_words(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+
+
 def _small(name: str, value: Any, default: Any) -> Any:
     if isinstance(value, bool):
         return None
@@ -124,7 +128,7 @@ def _small(name: str, value: Any, default: Any) -> Any:
     if name == "per_layer_config" and isinstance(value, dict):
         return {k: v for k, v in value.items() if int(k) < LAYERS}
     layers = _value(default, "num_hidden_layers")
-    if isinstance(value, (list, tuple)) and isinstance(layers, int) and len(value) == layers > LAYERS:
+    if _is_words(value) and isinstance(layers, int) and len(value) == layers > LAYERS:
         return value[:LAYERS]
     if isinstance(value, int) and value > 0:
         return _integer(name, value, default)
