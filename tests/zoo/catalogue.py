@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.zoo.diffusion import build_diffusion, diffusers_names
 from tests.zoo.hints import HINTS
 from tests.zoo.inputs import BATCH, dummy_inputs, part_with
 from tests.zoo.tiny_configs import tiny
@@ -58,15 +59,21 @@ _HEADS = (
 
 
 def names() -> list[str]:
-    """Return every name of the zoo: ``timm/…``, ``torchvision/…``, ``transformers/…``."""
-    return [*timm_names(), *torchvision_names(), *transformers_names()]
+    """Return every name of the zoo: ``timm/…``, ``torchvision/…``, ``diffusers/…``, ``transformers/…``."""
+    return [*timm_names(), *torchvision_names(), *diffusers_names(), *transformers_names()]
 
 
 def build(name: str) -> Built:
     """Build one model of the zoo, on the CPU, in eval mode."""
     torch.manual_seed(0)
     library, _, rest = name.partition("/")
-    model, inputs = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library](rest)
+    builders = {
+        "timm": _timm,
+        "torchvision": _torchvision,
+        "diffusers": build_diffusion,
+        "transformers": _transformers,
+    }
+    model, inputs = builders[library](rest)
     return awake(model, inputs).eval(), inputs
 
 
@@ -247,13 +254,26 @@ def _class(model_type: str, name: str) -> type[nn.Module]:
 def _first_fitting(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
     """Return the first kind of inputs that the model takes: films for images, other axes for sounds."""
     refusal: Exception | None = None
-    for kind in ({}, {"frames": (_frames(model),)}, {"bins_first": True}, {"channels": (1,)}):
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"frames": (_frames(model),)},
+        {"bins_first": True},
+        {"channels": (1,)},
+    ]
+    if _image_token(model) is not None:
+        kinds.insert(0, {"also": ("pixel_values",)})
+    for kind in kinds:
         try:
             return _fitting_inputs(model, {**kind, **hints})
         except Exception as error:  # noqa: BLE001 - as for the heads
             refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _image_token(model: nn.Module) -> int | None:
+    config: Any = model.config
+    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
 
 
 def _frames(model: nn.Module) -> int:
@@ -269,9 +289,7 @@ def _fitting_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
             model(**inputs)
         except ValueError as error:
             told = re.search(r"tokens: *(\d+).*features:? *(?:torch.Size\(\[)?(\d+)", str(error))
-            token = getattr(model.config, "image_token_id", None) or getattr(
-                model.config, "image_token_index", None
-            )
+            token = _image_token(model)
             if told is None or token is None or "input_ids" not in inputs:
                 raise
             each = int(told[2]) // BATCH

@@ -24,15 +24,20 @@ TASKS = {
     "language, rotary": "transformers/llama",
     "encoder": "transformers/roberta",
     "encoder, relative attention": "transformers/deberta-v2",
-    "vision and language": "transformers/blip",
+    "visual question answering": "transformers/blip",
+    "vision-language model": "transformers/paligemma",
     "speech to text": "transformers/whisper",
     "speech": "transformers/wav2vec2",
+    "diffusion, convolutions": "diffusers/UNet2DConditionModel",
+    "diffusion, transformer": "diffusers/DiTTransformer2DModel",
 }
 
 
 @pytest.mark.zoo_full
 @pytest.mark.parametrize("task", TASKS)
 def test_whole_way(task: str, tmp_path: Path) -> None:
+    if TASKS[task].startswith("diffusers/"):
+        pytest.importorskip("diffusers")
     model, inputs = build(TASKS[task])
     base = copy.deepcopy(model)
     lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=4)), inputs, seed=0)
