@@ -39,6 +39,7 @@ class Extent:
 
         ``retained`` is ``1 - |stored - cast(before) - delta| / |delta|``.
         """
+        before, after = before.to(stored.device), after.to(stored.device)
         delta = after.to(torch.float32) - before.to(torch.float32)
         size = _norm(delta)
         lost = 0.0
