@@ -7,7 +7,7 @@ beside the activations, so it is not kept)::
 
 Where the rank is small, neither direction sees the gradient of the whole of W'::
 
-    g' = conv1x1(g, B^T)    dA = s corr(x, g')       h = conv(x, A)    dB = s sum over places of g h^T
+    h = conv(x, A)    g' = conv1x1(g, B^T)    dB = s sum over places of g h^T    dA = s corr(x, g')
 
 else ``dW' = corr(x, g)``, ``dA = s B^T dW'``, ``dB = s dW' A^T``. The merged weight would round an adapter
 away in half precision, so that this is for float32 and wider.
@@ -123,11 +123,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx = dw = da = db = None
     thin = call.thin and not need_weight and not torch.is_grad_enabled()
     if need_x:
-        dx = _grads(g, x, merge(weight, a, b, call.scale), how, which=0)
+        dx = _grads(g, x, merge(weight, a, b, call.scale), how, (True, False))[0]
     if thin:
-        da, db = _thin_gradients(g, x, weight, a, b, call, need_a=need_a, need_b=need_b)
+        da, db = _thin_gradients(g, x, weight, a, b, call)
     elif need_a or need_b or need_weight:
-        dw = _grads(g, x, weight, how, which=1)
+        dw = _grads(g, x, weight, how, (False, True))[1]
         matrix = dw.reshape(dw.shape[0], -1)
         da = call.scale * (b.t() @ matrix) if need_a else None
         db = call.scale * (matrix @ a.t()) if need_b else None
@@ -136,23 +136,21 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _thin_gradients(
-    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, call: Call, *, need_a: bool, need_b: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Return dA and dB; g' and dB come out of one call."""
     dims, rank = g.dim() - 2, a.shape[0]
     points = Geometry((1,) * dims, (0,) * dims, (1,) * dims, 1)
     kernel = a.view(rank, *weight.shape[1:])
-    da = db = None
-    if need_a:
-        back = _conv(g, b.t().reshape(rank, -1, *(1,) * dims), None, points)
-        da = _grads(back, x, kernel, call.how, which=1).reshape(a.shape)
-    if need_b:
-        hidden = _conv(x, kernel, None, call.how)
-        db = _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, which=1).reshape(b.shape)
+    hidden = _conv(x, kernel, None, call.how)
+    back, db = _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, (True, True))
+    da = _grads(back, x, kernel, call.how, (False, True))[1].reshape(a.shape)
+    db = db.reshape(b.shape)
     return _scaled(da, call.scale), _scaled(db, call.scale)
 
 
-def _scaled(small: Tensor | None, scale: float) -> Tensor | None:
-    return small if small is None or scale == 1.0 else small.mul_(scale)
+def _scaled(small: Tensor, scale: float) -> Tensor:
+    return small if scale == 1.0 else small.mul_(scale)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -167,11 +165,12 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tens
     return torch.convolution(x, weight, bias, how.stride, how.padding, how.dilation, False, none, how.groups)
 
 
-def _grads(g: Tensor, x: Tensor, weight: Tensor, how: Geometry, which: int) -> Tensor:
-    """Return the gradient of the input (0) or of the weight (1)."""
-    wanted = [which == 0, which == 1, False]
+def _grads(
+    g: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input and of the weight, of which only those wanted are tensors."""
     none = [0] * len(how.stride)
-    found = torch.ops.aten.convolution_backward(
+    found = _convolution_backward(
         g,
         x,
         weight,
@@ -182,7 +181,9 @@ def _grads(g: Tensor, x: Tensor, weight: Tensor, how: Geometry, which: int) -> T
         False,
         none,
         how.groups,
-        wanted,
+        [*wanted, False],
     )
-    result: Tensor = found[which]
-    return result
+    return found[0], found[1]
+
+
+_convolution_backward: Any = torch.ops.aten.convolution_backward.default

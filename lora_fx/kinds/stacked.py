@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_fx.kinds.base import LivePart, LiveParts, rows_index
 
-_LARGE, _LARGE_THIN = 1 << 20, 1 << 16
+_LARGE, _LARGE_THIN = 3 << 19, 1 << 16
 """From so many elements of g on, the orientation of a product outweighs a copy of its small result: a
 thin one's (of a rank under 8) sooner."""
 

@@ -91,6 +91,12 @@ class Row:
         """Whether a step is reliably longer than peft's: the interval and the control both say so."""
         return self.times.over_peft().low > 1 + self.blur
 
+    @property
+    def quotient(self) -> str:
+        """lora_fx's overhead over peft's, where peft's is large enough to divide by."""
+        resolved = self.times.over_floor("peft").low - 1 > self.blur
+        return str(self.times.quotient()) if resolved else "peft's is not resolved"
+
     def verdict(self) -> str:
         """Whether the overhead is at most ``time_limit`` of peft's: met, missed or not resolved."""
         limit = self.setup.case.time_limit
@@ -130,7 +136,7 @@ def summary(row: Row) -> str:
         f"{row.setup.name}: {row.milliseconds:.1f} ms, {times.rounds} rounds, control {times.control()}",
         "  time over the floor: "
         + ", ".join(f"{n} {times.over_floor(n)}" for n in times.seconds if not n.startswith("floor")),
-        f"  overhead over peft's {times.quotient()}: {row.verdict()}; step over peft's {times.over_peft()}",
+        f"  overhead over peft's {row.quotient}: {row.verdict()}; step over peft's {times.over_peft()}",
     ]
     if row.operations:
         lines.append(

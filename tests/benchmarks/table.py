@@ -136,7 +136,7 @@ def _times(rows: list[Row]) -> str:
                 str(times.rounds),
                 str(times.control()),
                 *ratios,
-                str(times.quotient()),
+                row.quotient,
                 limited,
                 str(times.over_peft()) + (" **slower**" if row.slower_than_peft() else ""),
             )

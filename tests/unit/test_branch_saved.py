@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.kinds import fused_linear
+from lora_fx.kinds import fused_linear, producers
 from lora_fx.kinds.base import LivePart
 from lora_fx.kinds.linear import adapted_linear
 from lora_fx.kinds.producers import remade, remake_inputs, remember_norms
@@ -276,6 +276,38 @@ def test_kept_graphs_and_partial_gradients() -> None:
     assert torch.equal(only, wanted[1])
     for found in (again, last):
         assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(PRODUCERS))
+def test_memory_is_reused_only_where_it_is_nobody_elses(name: str) -> None:
+    model = Consumers(PRODUCERS[name]())
+    x = torch.randn(4, 5, WIDTH, requires_grad=True)
+    torch.manual_seed(1)
+    made = model.producer(x * 1.0)
+    before = made.detach().clone()
+    y = adapted_linear(made, model.weight[0], lora=(LivePart(model.a[0], model.b[0], 0.5),)).sum()
+    first = torch.autograd.grad(y, [x, model.a, model.b], retain_graph=True)
+    assert torch.equal(made, before), "the backward wrote into what the producer returned"
+    second = torch.autograd.grad(y, [x, model.a, model.b])
+    assert all(torch.equal(f, w) for f, w in zip(first, second, strict=True))
+
+
+def test_the_last_consumer_gives_its_input_to_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Consumers(nn.GELU()), torch.randn(4, 5, WIDTH, requires_grad=True)
+    lent: list[int] = []
+    make = producers.Remade._made
+
+    def noted(self: producers.Remade) -> Tensor:
+        value = make(self)
+        lent.append(value.data_ptr())
+        return value
+
+    monkeypatch.setattr(producers.Remade, "_made", noted)
+    made = model.producer(x * 1.0)
+    received: list[int] = []
+    made.register_hook(lambda g: received.append(g.data_ptr()))
+    adapted_linear(made, model.weight[0], lora=(LivePart(model.a[0], model.b[0], 0.5),)).sum().backward()
+    assert lent == received
 
 
 def test_nothing_outlives_its_graph() -> None:
