@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
@@ -21,7 +22,7 @@ from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
-from lora_fx.passes.norms import running_statistics
+from lora_fx.passes.norms import refuse_converted, running_statistics
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.runtime import injected
@@ -127,8 +128,10 @@ def parameters(
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        WrappedModelError: a frozen normalisation was replaced by a synchronised one.
     """
     _, name = switch.require(model, adapter)
+    refuse_converted(model)
     slow, fast = switch.trained_parameters(model, name)
     if lr_ratio is None:
         return [*slow, *fast]
@@ -288,7 +291,8 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
     refuse_lazy(model)
     refuse_parts(model)
     traced = _trace_of(source, example_inputs)
-    with fold_pass.base_only(model):
+    # What is replayed for roles runs on the CPU, whatever the default device.
+    with fold_pass.base_only(model), torch.device("cpu"):
         sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
         held = _held(model)
         shared = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}

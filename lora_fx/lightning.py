@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_fx.checkpoints import adapter_state
 from lora_fx.errors import AdapterNameError
+from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import injected
 
 
@@ -47,12 +48,13 @@ class AdapterCheckpoints(Callback):
                 advice="Call lora_fx.inject in its __init__ or configure_model.",
             )
         for path, model in models.items():
-            prefix = f"{path}." if path else ""
+            prefix = f"{path}." if path else ""  # Lightning's own names, as in its state dict
             kept = {f"{prefix}{key}" for name in _adapters(model) for key in adapter_state(model, name)}
             base = {f"{prefix}{key}" for key, _ in model.named_parameters(remove_duplicate=False)}
             base |= {f"{prefix}{key}" for key, _ in model.named_buffers(remove_duplicate=False)}
-            for key in base - kept:
-                checkpoint["state_dict"].pop(key, None)
+            dropped = {plain(key) for key in base} - kept
+            for key in [key for key in checkpoint["state_dict"] if plain(key) in dropped]:
+                del checkpoint["state_dict"][key]
 
 
 def _adapters(model: Any) -> list[str]:

@@ -50,17 +50,17 @@ class MatrixForm:
     @property
     def experts(self) -> int | None:
         """The number of stacked matrices, or None where the weight is one matrix."""
-        return math.prod(self.view[a] for a in self.batch) if self.batch else None
+        return math.prod([self.view[a] for a in self.batch]) if self.batch else None
 
     @property
     def out_features(self) -> int:
         """The number of rows of each matrix."""
-        return math.prod(self.view[a] for a in self.out)
+        return math.prod([self.view[a] for a in self.out])  # a list: torch.compile follows no generator here
 
     @property
     def in_features(self) -> int:
         """The number of columns of each matrix."""
-        return math.prod(self.view[a] for a in self.inp)
+        return math.prod([self.view[a] for a in self.inp])
 
     @property
     def max_rank(self) -> int:

@@ -11,6 +11,8 @@ from lora_fx.errors import AdapterFileError, PlanError
 from lora_fx.fingerprints import BaseCheck, Fingerprint, fingerprint
 from lora_fx.passes.extent import deltas
 from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
+from lora_fx.passes.norms import refuse_converted
+from lora_fx.passes.registers import module_at
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
 from lora_fx.passes.sharded import Gathered, fill, reshard, whole
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -22,8 +24,10 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        WrappedModelError: a frozen normalisation was replaced by a synchronised one.
     """
     record, name = require(model, adapter)
+    refuse_converted(model)
     reshard(model)
     plan = record.plans[name]
     holders = owners(model)
@@ -43,7 +47,7 @@ def _held(held: tuple[Owner, ...]) -> tuple[nn.Module, str]:
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
+    return module_at(model, path), attribute
 
 
 def _tensors(model: nn.Module, plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, Tensor]]:

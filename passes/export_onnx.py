@@ -18,6 +18,7 @@ from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_metadata import refuse_lost
 from lora_fx.passes.onnx_program import DynamicShapes
 from lora_fx.passes.onnx_subject import Inputs, Subject, subject_of
+from lora_fx.passes.sharded import refuse_fully_sharded
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -52,7 +53,9 @@ def export_onnx(  # noqa: PLR0913 - each is a choice of its own
         BaseMismatchError: ``base`` is another model's file.
         CertificateError: the proof failed; nothing was written to ``path``.
         ProviderError: certify was asked for and onnxruntime is not installed.
+        WrappedModelError: the model is sharded by ``fully_shard``.
     """
+    refuse_fully_sharded(model, "export_onnx", "Save the adapter here; load and export it unsharded.")
     options = ExportOptions(dynamic_shapes, opset, _dtype(precision), certify)
     inputs = split_inputs(model, example_inputs)
     return export_subject(subject_of(model), path, inputs, options, base=base, min_retained=min_retained)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.passes.changes import Change, changes, refuse_rounded_away, sums_and_changes
-from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
 from lora_fx.passes.sharded import is_sharded, local, refuse_fully_sharded, reshard
@@ -111,7 +111,7 @@ def _place(model: nn.Module, weights: Mapping[str, Tensor], written: list[tuple[
     sharded: set[int] = set()
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if attribute in own_buffers(module):
             own_buffers(module)[attribute] = weight.clone()
             continue

@@ -20,7 +20,7 @@ from lora_fx.matrix import MatrixForm
 from lora_fx.passes import graph_module
 from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
 from lora_fx.passes.norms import freeze_norms
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import own_parameters, plain
 from lora_fx.passes.remove import remove
 from lora_fx.passes.root import watch
 from lora_fx.passes.runtime import (
@@ -59,7 +59,8 @@ def owners(model: nn.Module) -> Owners:
     held: dict[int, list[Owner]] = {}
     names: dict[str, int] = {}
     seen: set[tuple[int, str]] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
+    for wrapped, module in model.named_modules(remove_duplicate=False):
+        path = plain(wrapped)
         for attribute, parameter in own_parameters(module).items():
             if parameter is None:
                 continue
@@ -85,7 +86,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, held in owners(model).items()
         if not any((id(o.module), o.attribute) in added for o in held)
     }
-    return {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
+    buffers = {plain(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
+    return {**buffers, **parameters}
 
 
 def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) -> None:

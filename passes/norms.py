@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch import nn
 
+from lora_fx.errors import WrappedModelError
 from lora_fx.passes.registers import own_buffers
 from lora_fx.passes.runtime import BINDING, AdapterState, Binding, binding
-from lora_fx.passes.subclass import attach
+from lora_fx.passes.subclass import attach, detach
 
 
 def is_running_norm(module: nn.Module) -> bool:
@@ -29,6 +33,37 @@ def freeze_norms(model: nn.Module, state: AdapterState) -> None:
             module.__dict__[BINDING] = held
         held.frozen_norm = True
         attach(module)
+
+
+@contextmanager
+def moving_norms(model: nn.Module, adapter: str) -> Generator[None]:
+    """Inside, normalisations run as the base's own where the adapter has its copy of their statistics."""
+    moved = [
+        m for m in model.modules() if (held := binding(m)) and adapter in held.sites.get("running_mean", {})
+    ]
+    for module in moved:
+        detach(module)
+    try:
+        yield
+    finally:
+        for module in moved:
+            attach(module)
+
+
+def refuse_converted(model: nn.Module) -> None:
+    """Refuse a model whose frozen normalisations were replaced by ones that move their statistics.
+
+    Raises:
+        WrappedModelError: ``SyncBatchNorm.convert_sync_batchnorm`` was called after inject.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and binding(module) is None:
+            raise WrappedModelError(
+                path,
+                expected="the normalisation that inject knew, frozen or with an adapter's statistics",
+                got="a SyncBatchNorm in its place",
+                advice="Call convert_sync_batchnorm before inject; frozen normalisations need none.",
+            )
 
 
 def running_statistics(model: nn.Module) -> tuple[str, ...]:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
 from lora_fx.passes.fold import folded
+from lora_fx.passes.norms import moving_norms
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.preserve import attention_spelt_out, preserved
+from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.slopes import float_leaves, outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
@@ -128,7 +130,8 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
 def _learning(model: nn.Module, adapter: str, run: Runner, names: set[str]) -> set[str]:
     """Return which of these weights would give their adapter a gradient, by the folded model's own."""
     with folded(model, adapter):
-        weights = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+        named = model.named_parameters(remove_duplicate=False)
+        weights = {plain(n): p for n, p in named if plain(n) in names}
         for weight in weights.values():
             weight.requires_grad_(True)
         with preserved(model):
@@ -178,7 +181,7 @@ def _run_with_weights_replaced(
             if only is None or only in change.names:
                 change.before.copy_(nudged(change.after))
         # With gradients, for a forward that takes some itself.
-        with preserved(model), disable_adapter(model), torch.enable_grad():
+        with preserved(model), disable_adapter(model), moving_norms(model, adapter), torch.enable_grad():
             return [o.detach() for o in float_leaves(run())]
     finally:
         for name, change in found.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from lora_fx.passes import graph_module
-from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.registers import own_buffers, own_parameters, plain
 from lora_fx.passes.root import unwatch
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
 from lora_fx.passes.sharded import refuse_fully_sharded
@@ -76,5 +76,5 @@ def _drop(module: nn.Module, adapter: str) -> None:
 
 def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in flags:
-            parameter.requires_grad_(flags[name])
+        if plain(name) in flags:
+            parameter.requires_grad_(flags[plain(name)])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import WeightWriteError
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import module_at, own_parameters
 from lora_fx.passes.runtime import Injected, binding, injected
+from lora_fx.passes.synchronised import unwatch_wrappers
 
 Member = tuple[nn.Module, str]
 """A module and the name of one of its Parameters."""
@@ -37,6 +38,7 @@ def watch(model: nn.Module) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Take ``watch`` back."""
+    unwatch_wrappers(model)
     hooks: dict[int, Any] = model.__dict__["_load_state_dict_post_hooks"]
     for key in [key for key, hook in hooks.items() if hook is _tie_loaded]:
         del hooks[key]
@@ -55,7 +57,7 @@ def ties(model: nn.Module, record: Injected) -> Iterator[list[Member]]:
 
 def _member(model: nn.Module, name: str) -> Member:
     path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
+    return module_at(model, path), attribute
 
 
 def _parameter(member: Member) -> nn.Parameter | None:

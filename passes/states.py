@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import AdapterFileError
 from lora_fx.passes.insert import first_values, generator_of, own_name, owners
-from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.runtime import raw
 from lora_fx.passes.sharded import fill, reshard, whole
 from lora_fx.passes.switch import adapter_sites, require
@@ -73,7 +73,7 @@ def reset_adapter(model: nn.Module, adapter: str | None = None, seed: int | None
             fill(raw(owner.module, own_name(key, owner.attribute, name)), value.detach())
     for buffer in plan.buffers:
         path, _, attribute = buffer.rpartition(".")
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         fill(raw(module, own_name("full", attribute, name)), whole(raw(module, attribute)))
 
 

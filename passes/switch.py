@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_fx.errors import AdapterNameError
+from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import Injected, SiteSpec, binding, injected, raw
 from lora_fx.passes.sharded import reshard
+from lora_fx.passes.synchronised import watch_wrappers
 
 
 def adapter_sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str, SiteSpec]]:
@@ -20,7 +22,7 @@ def adapter_sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Modu
             continue
         for attribute, specs in held.sites.items():
             if adapter in specs:
-                yield path, module, attribute, specs[adapter]
+                yield plain(path), module, attribute, specs[adapter]
 
 
 def record_of(model: nn.Module) -> Injected:
@@ -78,6 +80,7 @@ def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Paramete
 
 def apply_trainability(model: nn.Module, record: Injected) -> None:
     """Freeze the base; let the active adapter's Parameters be trained, if it is trainable."""
+    reshard(model)  # the flags of FSDP2's gathered copies are those of the shards, and not the reverse
     free: set[int] = set()
     active = record.state.active
     if active is not None and record.trainable.get(active, False):
@@ -86,6 +89,7 @@ def apply_trainability(model: nn.Module, record: Injected) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(id(parameter) in free)
+    watch_wrappers(model)
 
 
 def trained_names(spec: SiteSpec) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from lora_fx.passes.changes import weight_key
 from lora_fx.passes.fold import folded
 from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.probe import held_active, random_adapters, tolerance_of, weight_dtypes
+from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.slopes import outputs_and_slopes
@@ -151,7 +152,8 @@ def _compare(
 
 def _reference_run(model: nn.Module, inputs: Inputs) -> _Run:
     """Run the folded model; its gradients are with respect to the weights themselves."""
-    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    named = model.named_parameters(remove_duplicate=False)
+    weights = {plain(name): p for name, p in named if p.is_floating_point()}
     distinct = list({id(p): p for p in weights.values()}.values())
     return _run(model, inputs, weights, distinct)
 

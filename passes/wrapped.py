@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lora_fx.errors import PlanError, WrappedModelError
+from lora_fx.passes.registers import WRAPPED
 from lora_fx.passes.runtime import binding, injected
 from lora_fx.passes.sharded import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 _FIRST = "Inject first, then wrap: gradients of adapters that are added later are not synchronised."
 _COMPILED = "Inject into its _orig_mod, or before torch.compile; the compiled model then sees the adapters."
+_INSIDE = "Inject first, then wrap: names that a wrapper changes would fit no other model."
 _OFFLOADED = "Inject before dispatching: offloaded weights are in the model only while it runs."
 
 
@@ -23,7 +25,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         WrappedModelError: the model is, or holds, a DDP, DataParallel or FSDP wrapper, was given to
             ``fully_shard``, has parameters that are DTensors (tensor parallelism), is what
-            ``torch.compile`` returned, or has weights that accelerate keeps elsewhere.
+            ``torch.compile`` returned, has weights that accelerate keeps elsewhere, or has submodules
+            inside a checkpoint_wrapper or compiled one by one.
     """
     for path, module in model.named_modules():
         names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
@@ -32,6 +35,9 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise _refusal(path or "the model", found, _FIRST)
         if not path and "OptimizedModule" in names:
             raise _refusal("the model", "what torch.compile returned", _COMPILED)
+        inner = WRAPPED.intersection(name for name, _ in module.named_children())
+        if path and inner:
+            raise _refusal(path, f"a wrapper that keeps its module as {min(inner)}", _INSIDE)
         if any(getattr(hook, "offload", False) for hook in _hooks(module)):
             raise _refusal(path or "the model", "weights that accelerate offloads", _OFFLOADED)
     for name, parameter in model.named_parameters():

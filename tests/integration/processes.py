@@ -1,7 +1,12 @@
-"""Run a function in two processes that talk by gloo, and raise what either raises."""
+"""Run functions in two processes that talk by gloo, and raise what either raises.
+
+Importing torch and its distributed parts costs seconds of each process: a server of forks imports them
+once, and every process is a fork of it, with memory of its own.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,13 +19,14 @@ import torch.multiprocessing as mp
 
 WORLD = 2
 
-
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def _start(rank: int, folder: str, jobs: list[Job]) -> None:
     torch.set_num_threads(1)
+    # What torchrun sets, for libraries that ask.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID="none")
     store = dist.FileStore(str(Path(folder) / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     try:
@@ -35,7 +41,8 @@ def _start(rank: int, folder: str, jobs: list[Job]) -> None:
 def in_two_processes(folder: Path, *jobs: Job) -> None:
     """Run ``work(rank, folder / number, *args)`` of each job, one after the other, in two new processes.
 
-    The functions are those of an importable module. Starting a process costs seconds: share them.
+    The functions are those of an importable module; arguments are pickled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_start, args=(str(folder), list(jobs)), nprocs=WORLD)
+    multiprocessing.set_forkserver_preload(["tests.conftest", "tests.integration.corners"])
+    mp.start_processes(_start, args=(str(folder), list(jobs)), nprocs=WORLD, start_method="forkserver")

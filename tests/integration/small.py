@@ -85,6 +85,42 @@ def train(
         optimizer.zero_grad()
 
 
+class Convs(nn.Module):
+    """Convolutions between normalisations that keep statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
+
+    @classmethod
+    def seeded(cls) -> Convs:
+        torch.manual_seed(0)
+        return cls()
+
+
+def convs(policy: Policy) -> Convs:
+    model = Convs.seeded()
+    lora_fx.inject(model, policy, image(0), seed=1)
+    return model
+
+
+def image(step: int, size: int = 8) -> Tensor:
+    return torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def with_values(model: nn.Module, seed: int = 5) -> nn.Module:
+    """Give an injected model's adapters random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    return model
+
+
 def gap(model: nn.Module, reference: nn.Module) -> float:
     """Largest difference between two models' outputs, over the reference's size."""
     with torch.no_grad():

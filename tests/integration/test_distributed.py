@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import lora_fx
-from tests.integration import work
+from tests.integration import corners, work
 from tests.integration.processes import in_two_processes
-from tests.integration.small import adapted, base, gap, train
+from tests.integration.small import adapted, base, batch, gap, train
 
 pytestmark = pytest.mark.slow
 
@@ -24,14 +24,11 @@ VARIANTS = [
 ]
 
 
-def test_ddp_trains_as_one_process_does(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, *((work.ddp, variant) for variant in VARIANTS))
-    _one_machine_reads_them(tmp_path)
-
-
-def test_fsdp2_trains_saves_folds_and_loads_as_one_process_does(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, *((work.fsdp2, variant) for variant in VARIANTS))
-    _one_machine_reads_them(tmp_path)
+def test_ddp_and_fsdp2_train_save_fold_and_load_as_one_process_does(tmp_path: Path) -> None:
+    for work_ in (work.ddp, work.fsdp2):
+        folder = tmp_path / work_.__name__
+        in_two_processes(folder, *((work_, variant) for variant in VARIANTS))
+        _one_machine_reads_them(folder)
 
 
 def test_fsdp2_in_mixed_precision_checkpoints_and_meta(tmp_path: Path) -> None:
@@ -41,6 +38,46 @@ def test_fsdp2_in_mixed_precision_checkpoints_and_meta(tmp_path: Path) -> None:
         (work.distributed_checkpoint, ()),
         (work.from_meta, (False,)),
         (work.from_meta, (True,)),
+        (corners.fused_from_meta, ("rows, heads, biases",)),
+        (corners.fused_from_meta, ("rows with a start",)),
+        (corners.bfloat16_base, ()),
+        (corners.exported, ()),
+    )
+
+
+def test_fused_weights_heads_and_biases_in_every_sharding(tmp_path: Path) -> None:
+    in_two_processes(
+        tmp_path,
+        (corners.fused, ("rows, heads, biases", corners.by_layers)),
+        (corners.fused, ("rows with a start", corners.unsharded_afterwards)),
+        (corners.fused, ("rows, heads, biases", corners.replicated_and_sharded)),
+    )
+
+
+def test_switching_adapters_in_distributed_training(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, (corners.switching_sharded, ()), (corners.switching_replicated, ()))
+
+
+def test_wrappers_inside_optimisers_and_accumulation(tmp_path: Path) -> None:
+    in_two_processes(
+        tmp_path,
+        (corners.wrapped_blocks, ()),
+        (corners.checkpointed, ()),
+        (corners.accumulated, ()),
+        (corners.optimisers, ()),
+        (corners.optimiser_shards_and_averages, ()),
+        (corners.compiled, ()),
+    )
+
+
+def test_normalisations_and_spawned_workers(tmp_path: Path) -> None:
+    model = adapted(tied=True)
+    train(model)
+    in_two_processes(
+        tmp_path,
+        (corners.statistics, ("freeze",)),
+        (corners.statistics, ("train",)),
+        (corners.received, (model, model(batch(0)).detach())),
     )
 
 
