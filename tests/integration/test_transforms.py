@@ -44,7 +44,7 @@ def slopes(model: nn.Module, value: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value.square().mean(), lora_fx.parameters(model))
 
 
-@each_model
+@pytest.mark.parametrize("name", ["branches, tied", "a weight read functionally", "magnitudes", "statistics"])
 def test_compiled_in_one_graph_and_once_for_each_state(name: str) -> None:
     model, x = build(name)
     lora_fx.inject(model, Policy(Rule(rank=1)), x, adapter="second", seed=3)
@@ -78,17 +78,12 @@ def test_function_transforms(name: str) -> None:
 
     total = model(x).square().sum()
     summed = {n: g.sum(0) for n, g in vmap(grad(value), (None, 0))(trained, x).items()}
-    wanted = dict(
-        zip(
-            trained,
-            torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad]),
-            strict=True,
-        )
-    )
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    wanted = dict(zip(trained, torch.autograd.grad(total, tuned), strict=True))
     assert all(apart(summed[n], wanted[n]) < 1e-10 for n in trained)
     tangents = {n: torch.ones_like(p) for n, p in trained.items()}
-    moved = sum(jvp(lambda p: value(p, row), (trained,), (tangents,))[1] for row in x)
-    assert apart(moved, sum(g.sum() for g in wanted.values())) < 1e-10
+    _, moved = jvp(lambda p: functional_call(model, p, (x,)).square().sum(), (trained,), (tangents,))
+    assert apart(moved, torch.stack([g.sum() for g in wanted.values()]).sum()) < 1e-10
     # Values of the base's weights and of the adapter's are taken alike.
     doubled = {n: 2 * p.detach() for n, p in model.named_parameters()}
     other = copy.deepcopy(model)
@@ -120,7 +115,7 @@ def test_gradients_of_gradients(name: str) -> None:
         with torch.no_grad():
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(direction, alpha=step)
-        return float(steepness())
+        return float(steepness().detach())
 
     found = torch.autograd.grad(steepness(), parameters)
     along = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True))
@@ -162,7 +157,10 @@ def test_autocast_keeps_gradients_in_float32(name: str, dtype: torch.dtype) -> N
     limit = 2e-2 if dtype is torch.bfloat16 else 3e-3
     assert found.dtype is dtype
     assert apart(found.float(), wanted) < limit
-    pairs = list(zip(slopes(model, found.float()), slopes(model, wanted), strict=True))
+    # Large losses: of a mean, float16 loses the gradients that a scaler would keep.
+    parameters = lora_fx.parameters(model)
+    grads = [torch.autograd.grad(y.float().square().sum(), parameters) for y in (found, wanted)]
+    pairs = list(zip(*grads, strict=True))
     assert all(f.dtype is torch.float32 and apart(f, w) < 2 * limit for f, w in pairs)
 
 
@@ -264,7 +262,7 @@ def test_the_default_device_does_not_matter() -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_cross_entropy_of_a_checkpointed_model_without_trained_inputs() -> None:
+def test_checkpoints_over_a_frozen_embedding() -> None:
     """Reentrant checkpoints want an input with a gradient, where the embedding is frozen."""
     policy = Policy(Rule(module=("up", "down"), rank=4))
     model = with_values(lora_fx.inject(base(), policy, batch(0), seed=1))
