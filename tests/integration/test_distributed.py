@@ -81,6 +81,14 @@ def test_normalisations_and_spawned_workers(tmp_path: Path) -> None:
     )
 
 
+def test_trainer_and_lightning_in_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("lightning.pytorch")
+    from tests.integration import loops
+
+    in_two_processes(tmp_path, (loops.trainer, ()), (loops.lightning, (False,)), (loops.lightning, (True,)))
+
+
 def test_tensor_parallelism_is_refused_on_either_side_of_inject(tmp_path: Path) -> None:
     in_two_processes(tmp_path, (work.wrappers, ()), (work.tensor_parallel, ()))
 

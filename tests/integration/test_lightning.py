@@ -32,7 +32,7 @@ class Module(lightning.LightningModule):
         return torch.optim.AdamW(lora_fx.parameters(self.net), lr=1e-2)
 
 
-def fit(module: Module, folder: Path, **options: Any) -> None:
+def fit(module: Module, folder: Path, ckpt_path: Path | None = None, **options: Any) -> None:
     from lora_fx.lightning import AdapterCheckpoints
 
     data = torch.utils.data.DataLoader([batch(i)[0] for i in range(12)], batch_size=4)
@@ -45,8 +45,9 @@ def fit(module: Module, folder: Path, **options: Any) -> None:
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[AdapterCheckpoints(), keep],
+        **options,
     )
-    trainer.fit(module, data, data, **options)
+    trainer.fit(module, data, data, ckpt_path=ckpt_path)
 
 
 def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(tmp_path: Path) -> None:
