@@ -6,8 +6,10 @@ policy can be read, saved and changed like any other:
 - ``modules_to_save`` -> ``Train``; ``exclude_modules`` -> ``Skip``; both before the adapters, as in peft;
 - ``target_modules``: suffixes -> ``module=``; a regular expression -> ``name="re:..."``; ``"all-linear"``
   -> the ``weight`` of every linear but the head's (peft asks the model's class for the head, this the
-  dataflow). peft adapts the output projection of a targeted ``nn.MultiheadAttention`` too; an
-  optional rule does the same;
+  dataflow: on models that are not transformers' it takes the head too, which a Rule of its own says).
+  Experts that peft finds behind linear layers' names, by a table of model types, are not among them:
+  ``target_parameters`` names them. peft adapts the output projection of a targeted
+  ``nn.MultiheadAttention`` too; an optional rule does the same;
 - ``target_parameters`` -> ``name=``;
 - ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``: conditions on the name, as lookaheads;
 - ``task_type``: peft saves the fresh head of a classifier without being asked, and so does this;

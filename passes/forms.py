@@ -101,6 +101,8 @@ def _parts(n: int, found: list[Piece]) -> list[tuple[int, str]] | None:
 
 def rows_read(form: MatrixForm, layout: Layout) -> Rows | None:
     """Return the output rows of the form that a view reads; None: all of them, or it cannot be told."""
+    if layout.offset == 0 and sorted(layout.axes) == sorted(whole(form.shape).axes):
+        return None  # as it is, or transposed: nothing need be counted
     axes = _view_axes(form)
     found = pieces_of(form.shape, layout)
     if axes is None or found is None:
