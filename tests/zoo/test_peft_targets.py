@@ -26,7 +26,11 @@ SELECTIONS: list[tuple[str, dict[str, Any]]] = [
     (BERT, {"target_modules": r".*\.attention\..*(query|key|dense)"}),
     (
         BERT,
-        {"target_modules": ["query", "dense"], "exclude_modules": ["pooler.dense"], "layers_to_transform": [1]},
+        {
+            "target_modules": ["query", "dense"],
+            "exclude_modules": ["pooler.dense"],
+            "layers_to_transform": [1],
+        },
     ),
     (
         BERT,
