@@ -29,8 +29,8 @@ from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchErro
 from lora_fx.files import atomic_write
 from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
 from lora_fx.kinds.base import LivePart, LiveParts, since_start
-from lora_fx.kinds.effective import effective_weight
-from lora_fx.matrix import row_count
+from lora_fx.kinds.effective import effective_band, effective_weight
+from lora_fx.matrix import MatrixForm, row_count
 from lora_fx.plans import Decision, Plan
 
 FORMAT = "lora_fx"
@@ -139,14 +139,27 @@ class AdapterFile:
 
     def effective(self, name: str, base: Tensor) -> Tensor:
         """Return ``W`` for a base weight that the adapter changes, by its name in the plan."""
-        for whole in ("full", "buffer"):
-            value = self.tensors.get(tensor_key(name, None, whole))
-            if value is not None:
-                return value.to(base.dtype)
+        value = self._whole(name)
+        if value is not None:
+            return value.to(base.dtype)
+        return effective_weight(base, *self._low_rank(name))
+
+    def effective_band(self, name: str, base: Tensor, start: int) -> Tensor | None:
+        """Return ``W[start : start + n]`` from these entries of ``W0`` alone, or None where it needs more."""
+        value = self._whole(name)
+        if value is not None:
+            return value[start : start + len(base)].to(base.dtype)
+        form, parts, magnitude = self._low_rank(name)
+        return effective_band(base, start, form, parts, magnitude)
+
+    def _whole(self, name: str) -> Tensor | None:
+        found = (self.tensors.get(tensor_key(name, None, whole)) for whole in ("full", "buffer"))
+        return next((value for value in found if value is not None), None)
+
+    def _low_rank(self, name: str) -> tuple[MatrixForm, LiveParts, Tensor | None]:
         decision = self.plan[name]
         parts = tuple(p for part in decision.parts for p in self._parts(decision, part.role, part.rows))
-        magnitude = self.tensors.get(tensor_key(decision.name, None, "magnitude"))
-        return effective_weight(base, decision.site.form, parts, magnitude)
+        return decision.site.form, parts, self.tensors.get(tensor_key(decision.name, None, "magnitude"))
 
     def _parts(self, decision: Decision, role: str | None, rows: Any) -> LiveParts:
         def get(field: str) -> Tensor | None:

@@ -15,7 +15,7 @@ def adapter_weights(file: AdapterFile) -> Weights:
     """Return which weights an adapter file changes, and its rule for each."""
     names = [decision.name for decision in (*file.plan.adapted, *file.plan.trained)]
     names += [*(extra.name for extra in file.plan.extras), *file.plan.buffers]
-    return Weights(tuple(names), file.effective, file.plan.to_json())
+    return Weights(tuple(names), file.effective, file.plan.to_json(), file.effective_band)
 
 
 def base_map(model: ir.Model, file: AdapterFile) -> ParameterMap:

@@ -136,7 +136,10 @@ class Recipe:
         return result
 
     def restore(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the parameter, of this shape, from the initializer's value, in every bit."""
+        """Return the parameter, of this shape, from the initializer's value, in every bit.
+
+        It is a view of the value where it lies there as it is, or transposed.
+        """
         order = self.perm if self.perm is not None else tuple(range(len(shape)))
         permuted = tuple(shape[axis] for axis in order)
         if self.runs is None:
@@ -147,8 +150,8 @@ class Recipe:
             for start, origin, length in self.runs:
                 target[origin : origin + length] = source[start : start + length]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        made = made.permute(inverse).contiguous()
-        return made if self.scale is None else self.scale.undo(made)
+        made = made.permute(inverse)
+        return made if self.scale is None else self.scale.undo(made.contiguous())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, read back by ``from_json``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ class Extent:
             kept = stored.to(torch.float32) - before.to(stored.dtype).to(torch.float32)
             lost = _norm(kept - delta) / size
         return cls(_norm(before), size, 1.0 - lost)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Extent]) -> Extent:
+        """Return the extent of a weight that was changed part by part."""
+        size = math.hypot(*(part.delta for part in parts))
+        lost = math.hypot(*((1.0 - part.retained) * part.delta for part in parts))
+        return cls(math.hypot(*(part.weight for part in parts)), size, 1.0 - (lost / size if size else 0.0))
 
 
 def _norm(tensor: Tensor) -> float:

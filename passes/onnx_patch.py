@@ -15,6 +15,9 @@ from lora_fx.passes.onnx_metadata import Extent
 from lora_fx.passes.onnx_subject import Weights
 from lora_fx.passes.onnx_tensors import as_torch, from_torch, shape_of
 
+BAND = 4 << 20
+"""Weights of more elements than this are changed in parts of about so many, in place."""
+
 Observe = Callable[[str, Extent], None]
 """Told how much a weight was changed, by its name, when its new value is computed."""
 
@@ -45,12 +48,37 @@ class Patch:
     def value(self, observe: Observe | None = None) -> Tensor:
         """Return the initializer's new value, of the same shape and dtype."""
         held = as_torch(self.base)
+        large = held.numel() > BAND and isinstance(self.base, ir.ExternalTensor)
         for step in self.steps:
-            held = self._stepped(step, held, observe)
+            if not large or not self._banded(step, held, observe):
+                held = self._stepped(step, held, observe)
         return held
 
+    def _banded(self, step: Step, held: Tensor, observe: Observe | None) -> bool:
+        """Change a large weight where it lies, some entries of axis 0 at a time; False: it cannot be."""
+        recipe, band = step.recipe, self.weights.band
+        if band is None or recipe.runs is not None or recipe.scale is not None:
+            return False
+        weight = recipe.restore(held, step.placement.shape)
+        count = max(1, BAND // max(1, weight[0].numel()))
+        extents: list[Extent] = []
+        for start in range(0, len(weight), count):
+            part = weight[start : start + count]
+            # The adapter's own rule adds in float32 and casts once; a wide W0 keeps that cast for below.
+            wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
+            after = band(step.name, wide, start)
+            if after is None:
+                return False
+            stored = after.to(part.dtype)
+            if observe is not None:
+                extents.append(Extent.of(wide, after, stored))
+            part.copy_(stored)
+        if observe is not None:
+            observe(step.name, Extent.joined(extents))
+        return True
+
     def _stepped(self, step: Step, held: Tensor, observe: Observe | None) -> Tensor:
-        before = step.recipe.restore(held, step.placement.shape)
+        before = step.recipe.restore(held, step.placement.shape).contiguous()
         # The adapter's own rule adds in float32 and casts once; a wide W0 keeps that cast for below.
         wide = before.to(torch.promote_types(before.dtype, torch.float32))
         after = self.weights.effective(step.name, wide)

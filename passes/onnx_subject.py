@@ -20,13 +20,21 @@ Effective = Callable[[str, Tensor], Tensor]
 """The effective weight ``W`` of a parameter, from its qualified base name and ``W0``."""
 
 
+Band = Callable[[str, Tensor, int], Tensor | None]
+"""Some entries of ``W`` along axis 0, from those of ``W0`` and the first one's number; None: needs more."""
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Which base weights an adapter changes, by qualified name, and what it makes of each."""
+    """Which base weights an adapter changes, by qualified name, and what it makes of each.
+
+    ``band`` makes a part of a weight from the same part of ``W0``, for weights that are large.
+    """
 
     names: tuple[str, ...]
     effective: Effective
     plan: str | None = None
+    band: Band | None = None
 
 
 @dataclass(frozen=True)

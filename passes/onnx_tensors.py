@@ -67,7 +67,7 @@ def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
 def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
     """Yield a tensor's bytes in parts of ``CHUNK``; of one in a data file, without holding it whole."""
     if not isinstance(tensor, ir.ExternalTensor):
-        whole = memoryview(tensor.tobytes())
+        whole = _bytes(tensor)
         for begin in range(0, len(whole), CHUNK):
             yield whole[begin : begin + CHUNK]
         return
@@ -80,6 +80,14 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
                 raise _truncated(tensor)
             left -= len(part)
             yield part
+
+
+def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+    """Return a tensor's bytes, of one that is computed when it is asked for without a second copy."""
+    made = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
+    if isinstance(getattr(made, "raw", None), Tensor):
+        return memoryview(made.raw.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(made.tobytes())
 
 
 def data_path(tensor: ir.ExternalTensor) -> Path:

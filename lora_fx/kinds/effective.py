@@ -62,3 +62,42 @@ def _with_magnitude(weight: Tensor, magnitude: Tensor, form: MatrixForm) -> Tens
     # A row of zeros has no direction: its ratio is 1, so that the weight is unchanged at the start.
     ratio = torch.where(norms == 0, torch.ones_like(norms), magnitude / norms)
     return form.weight(form.matrix(weight) * ratio.unsqueeze(-1))
+
+
+def effective_band(
+    base: Tensor, start: int, form: MatrixForm, parts: LiveParts, magnitude: Tensor | None = None
+) -> Tensor | None:
+    """Return ``W[start : start + n]`` from these entries of ``W0`` along axis 0, or None where it needs more.
+
+    Axis 0 of a weight is the rows of its matrix form, or of an embedding and its like the columns::
+
+        rows:     W0[i:j] + s B[i:j] A          columns:   W0[i:j] + s (B A[:, i:j])^T
+    """
+    stop, shape = start + len(base), (len(base), *form.shape[1:])
+    if form == rows_form(form.shape):
+        cut = tuple(_rows_between(part, start, stop) for part in parts)
+        held = None if magnitude is None else magnitude[start:stop]
+        return effective_weight(base, rows_form(shape), cut, held)
+    if len(shape) == 2 and form == columns_form(form.shape) and magnitude is None:
+        cut = tuple(_columns_between(part, start, stop) for part in parts)
+        return effective_weight(base, columns_form(shape), cut)
+    return None
+
+
+def _rows_between(part: LivePart, start: int, stop: int) -> LivePart:
+    if part.rows is None:
+        chosen, rows = slice(start, stop), None
+    else:
+        index = rows_index(part.rows, part.b.device)
+        inside = (index >= start) & (index < stop)
+        first = int((index < start).sum())
+        chosen = slice(first, first + int(inside.sum()))
+        rows = tuple((max(a, start) - start, min(b, stop) - start) for a, b in part.rows)
+        rows = tuple((a, b) for a, b in rows if a < b)
+    frozen = None if part.start is None else (part.start[0], part.start[1][chosen])
+    return part._replace(b=part.b[chosen], rows=rows, start=frozen)
+
+
+def _columns_between(part: LivePart, start: int, stop: int) -> LivePart:
+    frozen = None if part.start is None else (part.start[0][:, start:stop], part.start[1])
+    return part._replace(a=part.a[:, start:stop], start=frozen)

@@ -58,7 +58,9 @@ def outputs(session: Any, inputs: Tensor) -> list[Tensor]:
 def test_auto_takes_the_device(tmp_path: Path) -> None:
     lora_fx.export_onnx(made(Tied), tmp_path / "base.onnx", IDS)
     assert lora_fx.session(tmp_path / "base.onnx").get_providers()[0] == PROVIDER
-    assert lora_fx.session(tmp_path / "base.onnx", providers="cpu").get_providers() == ["CPUExecutionProvider"]
+    assert lora_fx.session(tmp_path / "base.onnx", providers="cpu").get_providers() == [
+        "CPUExecutionProvider"
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)

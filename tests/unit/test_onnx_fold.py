@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from lora_fx import fingerprints
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import BaseMismatchError, ExportError
-from lora_fx.passes import onnx_files
+from lora_fx.fingerprints import fingerprint
+from lora_fx.kinds.base import LivePart
+from lora_fx.kinds.effective import effective_band, effective_weight
+from lora_fx.matrix import columns_form, rows_form
+from lora_fx.passes import fold_onnx as fold_module
+from lora_fx.passes import onnx_files, onnx_patch
 from lora_fx.passes.certify import certify
+from lora_fx.passes.certify_values import ulps
 from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
 from lora_fx.passes.onnx_diff import compare
-from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY
+from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY, read_changes
+from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights
 from lora_fx.plans import Plan
 from tests.unit.onnx_adapters import adapter, subject_with
 from tests.unit.onnx_models import Mixed, Tied, export, made
@@ -132,6 +141,83 @@ def test_overlay_in_a_folder_above_and_not_below(
         fold_onnx(mixed_base, mixed_adapter, tmp_path / "aside.onnx")
     assert not list(tmp_path.iterdir())
     assert fold_onnx(mixed_base, mixed_adapter, tmp_path / "aside.onnx", standalone=True).ok
+
+
+@pytest.mark.parametrize("entries", [1, 40, 10**9])
+def test_large_weights_are_changed_in_parts(
+    entries: int, mixed: nn.Module, mixed_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place and part by part it is the same weight, told to be changed by as much."""
+    names = ("qkv.weight", "o.weight", "p.weight")
+    file = adapter(mixed, names, full=("head.weight",), dora=("p.weight",))
+    wanted, found = tmp_path / "whole.onnx", tmp_path / "parts.onnx"
+    assert fold_onnx(mixed_base, file, wanted, standalone=True).ok
+    monkeypatch.setattr(onnx_patch, "BAND", entries)
+    assert fold_onnx(mixed_base, file, found, standalone=True).ok
+    comparison = compare(onnx_files.load(wanted), onnx_files.load(found))
+    assert comparison.difference is None
+    for a, b in comparison.pairs:
+        if not can_hold_weights(a.const_value):
+            continue
+        ours, theirs = as_torch(a.const_value), as_torch(b.const_value)
+        assert ulps(theirs, ours, ours) <= 2, a.name
+    extents = [read_changes(onnx_files.load(path).metadata_props) for path in (wanted, found)]
+    for name, extent in extents[0].items():
+        assert vars(extents[1][name]) == pytest.approx(vars(extent), rel=1e-5)
+
+
+def test_a_part_of_an_effective_weight_is_the_part_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for form in (rows_form((7, 5)), rows_form((7, 2, 3)), columns_form((7, 5))):
+        base, rows = draw(*form.shape), ((1, 3), (4, 5))
+        a, start = draw(2, form.in_features), (draw(2, form.in_features), draw(3, 2))
+        part = LivePart(a, draw(3, 2), 0.5, rows, 0.0, start)
+        plain = LivePart(draw(2, form.in_features), draw(form.out_features, 2), 2.0, None, 0.0, None)
+        for magnitude in (None, draw(form.out_features)):
+            whole = effective_weight(base, form, (part, plain), magnitude)
+            for first, last in ((0, 2), (2, 3), (3, 7)):
+                found = effective_band(base[first:last], first, form, (part, plain), magnitude)
+                if form == columns_form((7, 5)) and magnitude is not None:
+                    assert found is None
+                else:
+                    torch.testing.assert_close(found, whole[first:last])
+
+
+def test_a_weight_is_hashed_in_parts_as_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(9, 7)
+    monkeypatch.setattr(fingerprints, "_PART", 10)
+    for view in (weight.t(), weight, weight[:, 1:], weight[0], weight[0, 0], weight[:0]):
+        assert fingerprint(view) == fingerprint(view.clone(memory_format=torch.contiguous_format))
+
+
+def test_progress_is_told_for_every_byte_of_the_changed_weights(
+    mixed_base: Path, mixed_adapter: AdapterFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, int]] = []
+
+    class Bar(fold_module.Progress):
+        def add_task(self, description: str, **options: Any) -> Any:
+            told.append((options["total"], 0))
+            return super().add_task(description, **options)
+
+        def advance(self, task_id: Any, advance: float = 1) -> None:
+            told.append((0, int(advance)))
+            super().advance(task_id, advance)
+
+    monkeypatch.setattr(fold_module, "Progress", Bar)
+    out = mixed_base.parent / "told.onnx"
+    fold_onnx(mixed_base, mixed_adapter, out, progress=True, certify=False)
+    external = sum(count for _, count in told)
+    (own,) = json.loads(onnx_files.load(out).metadata_props[DATA_KEY])
+    assert len(told) > 3
+    assert 0 < external <= told[0][0]
+    assert external <= own["size"]
+    fold_onnx(mixed_base, mixed_adapter, out, certify=False)
+    assert sum(count for _, count in told) == external
 
 
 def test_tied_weight_changes_in_both_places(tmp_path: Path) -> None:
