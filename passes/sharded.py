@@ -99,15 +99,31 @@ def is_distributed(caller: FrameType | None, package: str = "torch.distributed."
 def reshard(model: nn.Module) -> None:
     """Make FSDP2 free its gathered copies, so that the registered parameters are the shards themselves.
 
-    After a forward without backward the root's stay gathered, in the forward's precision.
+    After a forward without backward the root's stay gathered, in the forward's precision; the root may
+    be what the model lies in.
     """
-    for module in fsdp_modules(model):
+    for module in (*fsdp_modules(model), *_around(model)):
         module.reshard()
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """Return the modules that were given to ``fully_shard``."""
-    return [m for m in model.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+    return [module for module in model.modules() if _is_fsdp(module)]
+
+
+def _around(model: nn.Module) -> list[Any]:
+    """Return the modules given to ``fully_shard`` that the model is a part of: theirs are its parameters."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed import _composable_state
+
+    known: Any = getattr(_composable_state, "_module_state_mapping", ())
+    outer = (m for m in list(known) if m is not model and _is_fsdp(m))
+    return [m for m in outer if any(inner is model for inner in m.modules())]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def refuse_fully_sharded(model: nn.Module, what: str, advice: str) -> None:
@@ -116,7 +132,7 @@ def refuse_fully_sharded(model: nn.Module, what: str, advice: str) -> None:
     Raises:
         WrappedModelError: a module of the model was given to ``fully_shard``.
     """
-    if fsdp_modules(model):
+    if fsdp_modules(model) or _around(model):
         raise WrappedModelError(what, expected="a model that is not sharded", got="FSDPModule", advice=advice)
 
 

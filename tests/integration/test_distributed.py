@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_fx
-from tests.integration import corners, work
+from tests.integration import corners, fused, work
 from tests.integration.processes import in_two_processes
 from tests.integration.small import adapted, base, batch, gap, train
 
@@ -38,24 +38,25 @@ def test_fsdp2_in_mixed_precision_checkpoints_and_meta(tmp_path: Path) -> None:
         (work.distributed_checkpoint, ()),
         (work.from_meta, (False,)),
         (work.from_meta, (True,)),
-        (corners.fused_from_meta, ("rows, heads, biases",)),
-        (corners.fused_from_meta, ("rows with a start",)),
-        (corners.bfloat16_base, ()),
+        (fused.fused_from_meta, ("rows, heads, biases",)),
+        (fused.fused_from_meta, ("rows with a start",)),
+        (fused.bfloat16_base, ()),
         (corners.exported, ()),
+        (corners.inside_a_shard, ()),
     )
 
 
 def test_fused_weights_heads_and_biases_in_every_sharding(tmp_path: Path) -> None:
     in_two_processes(
         tmp_path,
-        (corners.fused, ("rows, heads, biases", corners.by_layers)),
-        (corners.fused, ("rows with a start", corners.unsharded_afterwards)),
-        (corners.fused, ("rows, heads, biases", corners.replicated_and_sharded)),
+        (fused.fused, ("rows, heads, biases", fused.by_layers)),
+        (fused.fused, ("rows with a start", fused.unsharded_afterwards)),
+        (fused.fused, ("rows, heads, biases", fused.replicated_and_sharded)),
     )
 
 
 def test_switching_adapters_in_distributed_training(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, (corners.switching_sharded, ()), (corners.switching_replicated, ()))
+    in_two_processes(tmp_path, (fused.switching_sharded, ()), (fused.switching_replicated, ()))
 
 
 def test_wrappers_inside_optimisers_and_accumulation(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import Policy, Rule
+from tests.integration.small import with_values
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 WORDS = 64
+POLICY = Policy(Rule(role="qv", rank=4, dropout=0.1), Rule(module="embed_tokens", rank=2))
+INPUTS = {"input_ids": torch.arange(12).view(2, 6)}
 
 
 def base() -> Any:
@@ -33,9 +36,7 @@ def base() -> Any:
 
 
 def adapted() -> Any:
-    policy = Policy(Rule(role="qv", rank=4, dropout=0.1), Rule(module="embed_tokens", rank=2))
-    inputs = {"input_ids": torch.arange(12).view(2, 6)}
-    return lora_fx.inject(base(), policy, inputs, seed=1)
+    return lora_fx.inject(base(), POLICY, INPUTS, seed=1)
 
 
 def sentence(number: int) -> dict[str, Tensor]:
@@ -115,3 +116,35 @@ def test_an_injected_language_model_generates_as_its_folded_self() -> None:
         assert torch.equal(model.generate(words, **options), made)
     with lora_fx.disable_adapter(model):
         assert not torch.equal(model.generate(words, **options), made)
+
+
+def test_generation_through_hooks_that_place_each_layer() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    words = torch.arange(6).view(1, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(words)}
+    plain = with_values(adapted()).eval().generate(words, **options)
+    parts = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    places = {**{f"model.{part}": "cpu" for part in parts}, "lm_head": "cpu"}
+    for inject_first in (True, False):
+        model = adapted() if inject_first else base()
+        accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+        if not inject_first:
+            lora_fx.inject(model, POLICY, INPUTS, seed=1)
+        assert hasattr(model.model.layers[0], "_hf_hook")
+        assert torch.equal(with_values(model).eval().generate(words, **options), plain)
+        with lora_fx.disable_adapter(model):
+            assert not torch.equal(model.generate(words, **options), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_over_frozen_embeddings(reentrant: bool) -> None:
+    words = torch.stack([each["input_ids"] for each in DATA[:4]])
+    policy = Policy(Rule(role="qv", rank=4))
+    models = [with_values(lora_fx.inject(base(), policy, INPUTS, seed=1)).train() for _ in range(2)]
+    models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for model in models:
+        model(input_ids=words, labels=words).loss.backward()
+    for p, q in zip(*(lora_fx.parameters(model) for model in models), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
