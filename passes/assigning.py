@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.errors import WeightWriteError, WrappedModelError
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import binding
-from lora_fx.passes.sharded import is_distributed
+from lora_fx.passes.sharded import is_read_by
 
 
 def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -23,11 +23,7 @@ def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -
     """
     held = binding(self)
     caller = inspect.currentframe()
-    if (
-        held is not None
-        and held.sites
-        and is_distributed(caller and caller.f_back, "torch.distributed.tensor.")
-    ):
+    if held is not None and held.sites and is_read_by(caller and caller.f_back, "torch.distributed.tensor."):
         raise WrappedModelError(
             f"{name} of {held.base_class.__name__}",
             expected="a module without adapters",

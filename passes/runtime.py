@@ -20,7 +20,7 @@ from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
 from lora_fx.passes.kept import kept
 from lora_fx.passes.registers import own_buffers, own_parameters
-from lora_fx.passes.sharded import is_distributed, laid_out_like, whole
+from lora_fx.passes.sharded import PLACING, is_read_by, laid_out_like, whole
 from lora_fx.passes.stock_forward import Branched
 
 if TYPE_CHECKING:
@@ -188,13 +188,13 @@ def effective(module: nn.Module, name: str, spec: SiteSpec, base: Tensor | None 
 def current_weight(module: nn.Module, name: str, reader: FrameType | None = None) -> Tensor | None:
     """Return what reading the weight yields: ``W`` of the active adapter, or ``W0``.
 
-    torch.distributed is given ``W0``: ``fully_shard`` and its like keep what they read as the base.
+    torch.distributed and accelerate are given ``W0``: they keep what they read as the base.
     """
     held = binding(module)
     spec = None if held is None else held.active(name)
     if spec is None:
         return own_parameters(module).get(name, own_buffers(module).get(name))
-    if is_distributed(reader):
+    if is_read_by(reader, PLACING):
         return raw(module, name)
     return _kept_effective(module, name, spec)
 

@@ -91,9 +91,13 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def is_distributed(caller: FrameType | None, package: str = "torch.distributed.") -> bool:
-    """Say whether torch.distributed itself reads an attribute, to keep what it gets as the base's."""
-    return caller is not None and str(caller.f_globals.get("__name__", "")).startswith(package)
+PLACING = ("torch.distributed.", "accelerate.")
+"""Packages that read a weight to shard, move or tie it: they are given ``W0``."""
+
+
+def is_read_by(caller: FrameType | None, packages: str | tuple[str, ...]) -> bool:
+    """Say whether a package's own code reads an attribute, to keep what it gets as the base's."""
+    return caller is not None and str(caller.f_globals.get("__name__", "")).startswith(packages)
 
 
 def reshard(model: nn.Module) -> None:

@@ -46,6 +46,4 @@ def in_two_processes(folder: Path, *jobs: Job) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     preload = [f"tests.{name}" for name in ("conftest", "integration.corners", "integration.fused")]
     multiprocessing.set_forkserver_preload(preload)
-        ["tests.conftest", "tests.integration.corners", "tests.integration.fused"]
-    )
     mp.start_processes(_start, args=(str(folder), list(jobs)), nprocs=WORLD, start_method="forkserver")

@@ -132,8 +132,12 @@ def test_generation_through_hooks_that_place_each_layer() -> None:
             lora_fx.inject(model, POLICY, INPUTS, seed=1)
         assert hasattr(model.model.layers[0], "_hf_hook")
         assert torch.equal(with_values(model).eval().generate(words, **options), plain)
-        with lora_fx.disable_adapter(model):
-            assert not torch.equal(model.generate(words, **options), plain)
+        with torch.no_grad():
+            logits = model(words).logits
+            with lora_fx.disable_adapter(model):
+                assert not torch.allclose(model(words).logits, logits)
+            with lora_fx.folded(model):
+                torch.testing.assert_close(model(words).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

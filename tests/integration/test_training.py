@@ -244,3 +244,16 @@ def test_accelerator_prepares_an_injected_model(tmp_path: Path) -> None:
     assert gap(accelerator.unwrap_model(model), alone) < 1e-5
     lora_fx.save_adapter(accelerator.unwrap_model(model), tmp_path / "a.safetensors")
     assert gap(lora_fx.load_adapter(base(), tmp_path / "a.safetensors"), alone) < 1e-5
+
+
+def test_what_moves_weights_moves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device map sets every weight to what it reads from the module: W there would be adapted twice."""
+    modeling = pytest.importorskip("accelerate.utils.modeling")
+    monkeypatch.setattr(modeling, "check_device_same", lambda *devices: False)  # as from one to another
+    model = with_values(lora_fx.inject(plain(), Policy(Rule(rank=2)), X, seed=1))
+    weights, wanted = {n: p.clone() for n, p in model.named_parameters()}, model(X).detach()
+    for name in ("inner", "outer"):
+        layer = model.get_submodule(name)
+        modeling.set_module_tensor_to_device(layer, "weight", "cpu")
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(model(X), wanted)
