@@ -74,7 +74,7 @@ def build(name: str) -> Built:
         "transformers": _transformers,
     }
     model, inputs = builders[library](rest)
-    return awake(model, inputs).eval(), inputs
+    return awake(model.eval(), inputs).eval(), inputs
 
 
 def awake(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
@@ -177,7 +177,7 @@ def _torchvision(name: str) -> Built:
         options["init_weights"] = False
     if models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
         options["weights_backbone"] = None
-    size = {"inception_v3": 128, "maxvit_t": 224}.get(name, 64)
+    size = {"inception_v3": 96, "maxvit_t": 224}.get(name, 64)
     if name.startswith("vit_"):
         options["image_size"] = size
     model = models.get_model(name, num_classes=10, **options)

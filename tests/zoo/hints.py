@@ -65,10 +65,7 @@ HINTS: dict[str, dict[str, Any]] = {
         "config": {**_BACKBONE["config"], "num_feature_levels": 1},
     },
     "textnet": {"image": 64},
-    "univnet": {
-        "config": {"model_hidden_channels": 8, "kernel_predictor_hidden_channels": 8},
-        "mel": (8, 64),
-    },
+    "univnet": {"mel": (4, 100)},
     **{
         name: _rotary([2, 3, 3], "text_config.")
         for name in ("glm46v", "glm4v", "glm_image", "glm_ocr", "glmga")
