@@ -14,14 +14,14 @@ No strong reference to an activation is kept.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, MutableMapping
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
@@ -82,6 +82,26 @@ class _Value:
     version: int
 
 
+class _Known:
+    """Values by tensor, weakly: a number whose tensor is gone may be given to another one."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
+
+    def get(self, tensor: Tensor) -> _Value | None:
+        entry = self._held.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def __getitem__(self, tensor: Tensor) -> _Value:
+        value = self.get(tensor)
+        if value is None:
+            raise KeyError(tensor.shape)
+        return value
+
+    def __setitem__(self, tensor: Tensor, value: _Value) -> None:
+        self._held[id(tensor)] = weakref.ref(tensor), value
+
+
 def geometry_of(tensor: Tensor) -> Geometry | None:
     """Return how a tensor lies in its storage, or None where it has no strides (sparse, nested)."""
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -94,7 +114,7 @@ class Aliases:
 
     def __init__(self, emit: _Emit) -> None:
         self._emit = emit
-        self._known: MutableMapping[Tensor, _Value] = WeakTensorKeyDictionary()
+        self._known = _Known()
         self._bases: dict[int, tuple[StorageWeakRef, list[Base]]] = {}
         self._serials = itertools.count()
 
@@ -174,9 +194,10 @@ class Aliases:
         if geometry is None or storage is None:
             self._known[tensor] = _Value(None, node, 0)
             return
-        base = self._containing(storage, geometry)
+        span = geometry.span
+        base = self._containing(storage, span)
         if base is None:
-            base = Base(next(self._serials), geometry, geometry.span, node, held=held)
+            base = Base(next(self._serials), geometry, span, node, held=held)
             self._bases.setdefault(storage.cdata, (storage, []))[1].append(base)
         self._known[tensor] = _Value(base, node, base.version)
 
@@ -185,12 +206,12 @@ class Aliases:
         storage = None if geometry is None else _storage(tensor)
         if geometry is None or storage is None:
             return None
-        base = self._containing(storage, geometry)
+        base = self._containing(storage, geometry.span)
         return base if base is not None and base.geometry.dtype == geometry.dtype else None
 
-    def _containing(self, storage: StorageWeakRef, geometry: Geometry) -> Base | None:
+    def _containing(self, storage: StorageWeakRef, span: tuple[int, int]) -> Base | None:
         _, bases = self._bases.get(storage.cdata, (None, ()))
-        first, last = geometry.span
+        first, last = span
         return next((b for b in bases if b.span[0] <= first and last <= b.span[1]), None)
 
     def _regenerate(self, tensor: Tensor, base: Base) -> fx.Node:

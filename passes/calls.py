@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from lora_fx.kinds.names import canonical_op
 
 Path = tuple[int, ...]
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+"""What most arguments are, that hold no tensor."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one call returned (with the way to each tensor), which arguments changed, all arguments."""
 
     made: list[tuple[Path, Tensor]]
@@ -58,6 +58,8 @@ def _statistics(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 
 def collect(value: Any, into: list[Tensor]) -> None:
     """Append the tensors inside an argument, in order."""
+    if type(value) in _PLAIN:
+        return
     if isinstance(value, Tensor):
         into.append(value)
     elif isinstance(value, (tuple, list)):

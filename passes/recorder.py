@@ -287,6 +287,8 @@ def _tensor_attributes(model: nn.Module) -> dict[int, str]:
                 continue
             inside: list[Tensor] = []
             collect(value, inside)
+            if not inside:
+                continue
             name = f"{path}.{key}" if path else key
             for index, tensor in enumerate(inside):
                 found.setdefault(id(tensor), name if tensor is value else f"{name}[{index}]")

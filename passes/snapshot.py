@@ -43,6 +43,8 @@ def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def _refill(value: Any, entries: Any) -> None:
+    if not value and not entries:
+        return  # as most of a module's registers are
     if isinstance(value, list):
         if len(value) != len(entries) or any(a is not b for a, b in zip(value, entries, strict=True)):
             value[:] = entries
