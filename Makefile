@@ -53,9 +53,10 @@ bench: $(STAMP)  ## time and memory, one test at a time: a table and a plot in a
 	$(PY) -m pytest -q -s -m bench tests/benchmarks $(PYTEST_ARGS)
 
 zoo: export OMP_NUM_THREADS ?= 1
-zoo: $(STAMP)  ## every model of the zoo (an hour or two; what is measured already is kept in artifacts/zoo)
+zoo: $(STAMP)  ## every model of the zoo (some hours; what is measured already is kept in artifacts/zoo)
 	$(PY) -W ignore -m tests.zoo.run --out artifacts/zoo/rows.jsonl --workers $(WORKERS) $(ZOO_ARGS)
-	$(PY) -W ignore -m tests.zoo.table artifacts/zoo/rows.jsonl > artifacts/zoo/RESULTS.md
+	$(PY) -W ignore -m tests.zoo.run --onnx --out artifacts/zoo/onnx.jsonl --workers $(WORKERS) --limit 300 $(ZOO_ARGS)
+	$(PY) -W ignore -m tests.zoo.table artifacts/zoo/rows.jsonl artifacts/zoo/onnx.jsonl > artifacts/zoo/RESULTS.md
 	$(PY) -m pytest -q -n $(WORKERS) -m 'zoo or zoo_full' $(PYTEST_ARGS)
 
 clean:  ## remove the environment, caches, builds and what the examples wrote

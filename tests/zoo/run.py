@@ -8,6 +8,7 @@ measured again.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import fnmatch
 import json
 import multiprocessing
@@ -87,7 +88,11 @@ class _Worker:
         if "onnx" not in self.row and "verify" not in self.row["seconds"] and not self.row["failed"]:
             self.row["failed"]["forward"] = "did not end" if late else "died"
         self.receiver.close()
-        return {**self.row, "total": round(time.monotonic() - self.started, 2)}
+        return {
+            **self.row,
+            "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+            "total": round(time.monotonic() - self.started, 2),
+        }
 
 
 def _work(name: str, onnx: bool, sender: Connection) -> None:

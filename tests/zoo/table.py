@@ -1,8 +1,10 @@
-"""Write RESULTS.md from the rows of one or more runs: ``python -m tests.zoo.table FILE... > RESULTS.md``."""
+"""Write RESULTS.md from the rows of one or more runs: ``python -m tests.zoo.table FILE... > RESULTS.md``.
+
+Rows of ``tests.zoo.run --onnx`` are told from the others by what they hold, and joined to them by name.
+"""
 
 from __future__ import annotations
 
-import datetime as dt
 import statistics
 import sys
 from collections import Counter
@@ -20,8 +22,22 @@ def table(found: Sequence[Row]) -> str:
     """Return the whole page."""
     built = [row for row in found if "build" not in row["failed"] and "harness" not in row["failed"]]
     unbuilt = [row for row in found if row not in built]
-    parts = [_head(built, unbuilt), _rows(built), _reds(built), _shortfalls(built), _unbuilt(unbuilt)]
+    parts = [
+        _head(built, unbuilt),
+        _rows(built),
+        _reds(built),
+        _onnx_reds(built),
+        _shortfalls(built),
+        _unbuilt(unbuilt),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def joined(found: Sequence[Row]) -> list[Row]:
+    """Return one row of each name: the last of each kind, what ONNX gave under ``files``."""
+    plain = {row["name"]: row for row in found if "onnx" not in row}
+    files = {row["name"]: row for row in found if "onnx" in row}
+    return [{**row, "files": files[name]} if name in files else row for name, row in plain.items()]
 
 
 def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
@@ -34,16 +50,19 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
     for row in built:
         forms.update(row.get("forms", {}))
     traced = sum("trace" in row["seconds"] and "trace" not in row["failed"] for row in built)
-    onnx = [row for row in built if "onnx" in row["seconds"] or "onnx" in row["failed"]]
+    tried = Counter(_exported(row) for row in built)
+    errors = [
+        row["files"]["onnx"]["error"] for row in built if "error" in row.get("files", {}).get("onnx", {})
+    ]
+    certified = sum(_certified(row) == "ok" for row in built)
     per = Counter(row["name"].partition("/")[0] for row in built)
     intro = (
-        f"Measured {dt.datetime.now(dt.UTC):%Y-%m-%d}, on the CPU, one thread a model, on a machine",
+        f"Measured {_dates(built)}, on the CPU, one thread a model, on a machine",
         "shared with other work (read the seconds against each other). Random weights, tiny configurations.",
         "The policy asks for everything: `Policy(Rule(rank=2))`. `make zoo` measures again, and a row that",
         "a file already holds is kept: rows of one table may come from successive commits.",
     )
     share = f"{statistics.median(shares):.4f}, {statistics.mean(shares):.4f}"
-    exported = sum("onnx" not in r["failed"] for r in onnx)
     facts = {
         "models that build here": f"{len(built)}: {', '.join(f'{n} {k}' for k, n in sorted(per.items()))}",
         "traced": f"{traced} of {len(built)}",
@@ -53,12 +72,47 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
         "models with a share of at least 0.98": f"{sum(s >= 0.98 for s in shares)} of {len(shares)}",
         "sites by form": ", ".join(f"{k} {n}" for k, n in forms.most_common()),
         "recording, in forwards (median)": f"{statistics.median(ratios):.1f}",
-        "ONNX exported and certified": f"{exported} of {len(onnx)} tried",
+        "ONNX: bases that torch.onnx.export and onnxruntime get through": f"{tried['ok'] + tried['**red**']}",
+        "ONNX: of these exported here, folded and certified": str(certified),
+        "ONNX: refused upstream, too large or too slow, not tried": ", ".join(
+            str(tried[k]) for k in ("upstream", "large", "slow", "–")
+        ),
+        "ONNX: error of onnxruntime against the folded model: median, largest": (
+            f"{statistics.median(errors):.1e}, {max(errors):.1e}" if errors else "–"
+        ),
         "catalogued but not built here (see below)": str(len(unbuilt)),
     }
     lines = ["# The zoo", "", "\n".join(intro), "", "| | |", "|---|---|"]
     lines += [f"| {what} | {figure} |" for what, figure in facts.items()]
     return "\n".join(lines)
+
+
+def _dates(rows: Sequence[Row]) -> str:
+    counted = Counter(row["date"] for row in rows if "date" in row)
+    return ", ".join(f"{day} ({count} rows)" for day, count in sorted(counted.items())) or "on no known day"
+
+
+def _exported(row: Row) -> str:
+    """Say whether the base became a file: ok, upstream's fault, ours, too large, too slow, not tried."""
+    files = row.get("files")
+    if files is None or "build" in files["failed"]:
+        return "–"
+    if "skipped" in files["onnx"]:
+        return "large"
+    if files["onnx"].get("exported"):
+        return "ok"
+    if "upstream" in files["onnx"]:
+        return "upstream"
+    return "slow" if any("did not end" in why for why in files["failed"].values()) else "**red**"
+
+
+def _certified(row: Row) -> str:
+    """Say whether the folded file's certificate holds."""
+    if _exported(row) != "ok":
+        return "–"
+    if "onnx" not in row["files"]["failed"]:
+        return "ok"
+    return "slow" if "did not end" in row["files"]["failed"]["onnx"] else "**red**"
 
 
 def _timed(row: Row) -> bool:
@@ -71,9 +125,13 @@ def _rows(built: Sequence[Row]) -> str:
         "`share`: of the elements of parameters of two or more dimensions that get a gradient in full",
         "fine-tuning, those that are adapted. `branch`: sites in branch form. `64` behind verify: float32",
         "lost more than 1e-5 in this random network, and float64 held to 1e-10. Seconds: forward, trace,",
-        "inject with its probe, verify. `–`: not tried.",
+        "inject with its probe, verify. `–`: not tried. ONNX: whether the base is exported (`upstream`:",
+        "torch's exporter or onnxruntime fails on it by itself; `large`: more parameters than are exported",
+        "here; `slow`: did not end in its time), whether the folded file's certificate holds, and the",
+        "largest error of onnxruntime on it against the folded model in float64.",
     )
-    titles = ("model", "class", "parameters", "sites", "share", "branch", *STAGES, "ONNX", *TIMES)
+    files = ("exported", "certificate", "parity")
+    titles = ("model", "class", "parameters", "sites", "share", "branch", *STAGES, *files, *TIMES)
     lines = [
         "## Every model",
         "",
@@ -83,7 +141,7 @@ def _rows(built: Sequence[Row]) -> str:
         "|---" * len(titles) + "|",
     ]
     for row in sorted(built, key=lambda r: r["name"]):
-        marks = [_mark(row, stage) for stage in (*STAGES, "onnx")]
+        marks = [_mark(row, stage) for stage in STAGES]
         if row.get("float64") and marks[4] == "ok":
             marks[4] = "ok 64"
         share = row.get("share")
@@ -97,6 +155,9 @@ def _rows(built: Sequence[Row]) -> str:
             "" if share is None else f"{share:.3f}",
             f"{forms.get('branch', 0) / total:.0%}" if total else "",
             *marks,
+            _exported(row),
+            _certified(row),
+            f"{row['files']['onnx']['error']:.0e}" if "error" in row.get("files", {}).get("onnx", {}) else "",
             *(f"{row['seconds'][s]:.3f}" if s in row["seconds"] else "" for s in TIMES),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -114,6 +175,19 @@ def _reds(built: Sequence[Row]) -> str:
     for row in sorted(built, key=lambda r: r["name"]):
         lines += [f"* {row['name']}, {stage}: {_short(why)}" for stage, why in row["failed"].items()]
     return "\n".join(lines if len(lines) > 2 else [*lines, "None."])
+
+
+def _onnx_reds(built: Sequence[Row]) -> str:
+    tried = [row for row in built if "files" in row]
+    lines = ["## ONNX: what does not get through, and why", ""]
+    for row in sorted(tried, key=lambda r: r["name"]):
+        exported, certified = _exported(row), _certified(row)
+        if exported == "upstream":
+            lines.append(f"* {row['name']}, upstream: {_short(row['files']['onnx']['upstream'])}")
+        elif "**red**" in (exported, certified) or "slow" in (exported, certified):
+            whys = row["files"]["failed"].items()
+            lines += [f"* {row['name']}, {stage}: {_short(why)}" for stage, why in whys]
+    return "\n".join(lines if len(lines) > 2 else [*lines, "None."]) if tried else ""
 
 
 def _short(why: str) -> str:
@@ -147,4 +221,4 @@ def _unbuilt(unbuilt: Sequence[Row]) -> str:
 
 if __name__ == "__main__":
     read = [row for path in sys.argv[1:] for row in rows(Path(path))]
-    sys.stdout.write(table(list({row["name"]: row for row in read}.values())))
+    sys.stdout.write(table(joined(read)))

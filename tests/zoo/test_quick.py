@@ -9,7 +9,7 @@ import pytest
 
 from tests.zoo.measure import measure
 from tests.zoo.run import rows
-from tests.zoo.table import table
+from tests.zoo.table import joined, table
 
 # name: the least share of what full fine-tuning moves that must be adapted
 QUICK = {
@@ -70,10 +70,28 @@ def test_a_failed_row_is_red(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(map(json.dumps, (good, bad, {**bad, "name": "timm/late"})))
     )
-    text = table(rows(tmp_path / "rows.jsonl"))
+    text = table(joined(rows(tmp_path / "rows.jsonl")))
     assert "green up to fold, round trip and verify | 1 of 3" in text
     assert text.count("**red**") == 2
     assert "timm/late, fold: AssertionError" in text
+
+
+def test_onnx_rows_say_whose_fault_a_failure_is() -> None:
+    stages = dict.fromkeys(
+        ("build", "forward", "trace", "inject", "fold", "step", "roundtrip", "verify"), 0.5
+    )
+    plain = {"seconds": stages, "failed": {}, "share": 1.0, "sites": 3, "forms": {"branch": 3}}
+    files = {"seconds": {"onnx_base": 1.0}, "failed": {}}
+    good = {**files, "onnx": {"exported": True, "error": 2e-7}}
+    theirs = {**files, "failed": {"onnx_base": "ExportError"}, "onnx": {"upstream": "torch.onnx.export: no"}}
+    ours = {**files, "failed": {"onnx": "CertificateError: structure"}, "onnx": {"exported": True}}
+    found = [{**plain, "name": n} for n in ("a", "b", "c", "d")]
+    found += [{**good, "name": "a"}, {**theirs, "name": "b"}, {**ours, "name": "c"}]
+    text = table(joined(found))
+    assert "exported here, folded and certified | 1 |" in text
+    assert "* b, upstream: torch.onnx.export: no" in text
+    assert "* c, onnx: CertificateError: structure" in text
+    assert text.count("**red**") == 1
 
 
 def test_an_unknown_model_fails_at_build() -> None:
