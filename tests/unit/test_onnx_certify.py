@@ -251,6 +251,19 @@ def test_export_catches_a_runtime_that_computes_something_else(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_file_that_computes_something_else_excuses_nothing(
+    files: tuple[Path, Path, AdapterFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(Mixed)
+    run = certify_parity.run
+    monkeypatch.setattr(certify_parity, "run", lambda *args: [out * 1.5 for out in run(*args)])
+    with pytest.raises(CertificateError, match="of the base file against the base model"):
+        export(subject_with(model, files[2]), model, IMAGE, tmp_path / "task.onnx", base=files[0])
+    with pytest.raises(CertificateError, match="of the base file against the base model"):
+        export_onnx(model, tmp_path / "base.onnx", IMAGE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_the_runtime_refuses_is_a_finding(
     files: tuple[Path, Path, AdapterFile], tmp_path: Path
 ) -> None:
