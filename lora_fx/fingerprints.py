@@ -49,7 +49,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     held = tensor.detach().to("cpu")
     # A transposed weight is laid out row by row in parts, and never copied as a whole.
     step = 1 if not shape else len(held) if held.is_contiguous() else max(1, _PART // max(1, held[0].numel()))
-    for part in (held,) if not shape or not len(held) else held.split(step):
+    for part in (held,) if not shape or not len(held) else torch.split(held, step):
         digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return Fingerprint(shape, dtype_name(tensor), digest.hexdigest())
 

@@ -51,7 +51,7 @@ class EffectiveWeight(Tensor):
             result.flags.writeable = False
         return _guard_views(result, args)
 
-    def set_(self, *source: Any, **named: Any) -> Tensor:  # type: ignore[override]
+    def set_(self, *source: Any, **named: Any) -> Tensor:
         """Raise: torch does not ask ``__torch_function__`` about this write."""
         del source, named
         raise _refusal("set_")

@@ -20,15 +20,20 @@ from lora_fx.passes.runtime import INJECTED, binding
 def watch_wrappers(model: nn.Module) -> None:
     """Check before each forward of a distributed run that DDP knows what is trained now."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and refuse_unsynchronised not in model._forward_pre_hooks.values():
+    if distributed and refuse_unsynchronised not in _pre_hooks(model).values():
         model.register_forward_pre_hook(refuse_unsynchronised)
 
 
 def unwatch_wrappers(model: nn.Module) -> None:
     """Take ``watch_wrappers`` back."""
-    hooks = model._forward_pre_hooks
+    hooks = _pre_hooks(model)
     for key in [key for key, hook in hooks.items() if hook is refuse_unsynchronised]:
         del hooks[key]
+
+
+def _pre_hooks(model: nn.Module) -> dict[int, Any]:
+    hooks: dict[int, Any] = vars(model)["_forward_pre_hooks"]
+    return hooks
 
 
 def refuse_unsynchronised(model: nn.Module, args: Any) -> None:

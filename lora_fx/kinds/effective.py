@@ -94,10 +94,8 @@ def _rows_between(part: LivePart, start: int, stop: int) -> LivePart:
         chosen = slice(first, first + int(inside.sum()))
         rows = tuple((max(a, start) - start, min(b, stop) - start) for a, b in part.rows)
         rows = tuple((a, b) for a, b in rows if a < b)
-    frozen = None if part.start is None else (part.start[0], part.start[1][chosen])
-    return part._replace(b=part.b[chosen], rows=rows, start=frozen)
+    return part._replace(b=part.b[chosen], rows=rows)
 
 
 def _columns_between(part: LivePart, start: int, stop: int) -> LivePart:
-    frozen = None if part.start is None else (part.start[0][:, start:stop], part.start[1])
-    return part._replace(a=part.a[:, start:stop], start=frozen)
+    return part._replace(a=part.a[:, start:stop])

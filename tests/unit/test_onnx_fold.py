@@ -15,7 +15,7 @@ from lora_fx import fingerprints
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import BaseMismatchError, ExportError
 from lora_fx.fingerprints import fingerprint
-from lora_fx.kinds.base import LivePart
+from lora_fx.kinds.base import LivePart, since_start
 from lora_fx.kinds.effective import effective_band, effective_weight
 from lora_fx.matrix import columns_form, rows_form
 from lora_fx.passes import fold_onnx as fold_module
@@ -175,12 +175,12 @@ def test_a_part_of_an_effective_weight_is_the_part_of_the_whole() -> None:
     for form in (rows_form((7, 5)), rows_form((7, 2, 3)), columns_form((7, 5))):
         base, rows = draw(*form.shape), ((1, 3), (4, 5))
         a, start = draw(2, form.in_features), (draw(2, form.in_features), draw(3, 2))
-        part = LivePart(a, draw(3, 2), 0.5, rows, 0.0, start)
-        plain = LivePart(draw(2, form.in_features), draw(form.out_features, 2), 2.0, None, 0.0, None)
+        moved = since_start(LivePart(a, draw(3, 2), 0.5, rows), start)
+        parts = (*moved, LivePart(draw(2, form.in_features), draw(form.out_features, 2), 2.0))
         for magnitude in (None, draw(form.out_features)):
-            whole = effective_weight(base, form, (part, plain), magnitude)
+            whole = effective_weight(base, form, parts, magnitude)
             for first, last in ((0, 2), (2, 3), (3, 7)):
-                found = effective_band(base[first:last], first, form, (part, plain), magnitude)
+                found = effective_band(base[first:last], first, form, parts, magnitude)
                 if form == columns_form((7, 5)) and magnitude is not None:
                     assert found is None
                 else:
