@@ -181,11 +181,15 @@ def _fit(
     if list(fit.ranks) == wanted:
         return decisions, [f"{arithmetic}: it fits as asked"]
     lost = sum(rank == 0 for rank in fit.ranks)
-    arithmetic += f"; ranks x {fit.factor:.4f}, rounded down, at least 1: {fit.floored:,}"
-    arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"
     if lost:
+        arithmetic += (
+            f"; rank 1 for each takes {sum(costs):,}: given in order as long as it fits, {fit.spent:,}"
+        )
         arithmetic += f"; no room for {lost} of {len(slots)} adapters"
         warnings.warn(arithmetic, UserWarning, stacklevel=4)
+    else:
+        arithmetic += f"; ranks x {fit.factor:.4f}, rounded down, at least 1: {fit.floored:,}"
+        arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"
     ranks = iter(fit.ranks)
     return tuple(_with_ranks(d, [next(ranks) for _ in d.parts]) for d in decisions), [arithmetic]
 

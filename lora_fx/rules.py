@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from lora_fx.errors import PolicyError
 from lora_fx.sites import ROLES, Site
@@ -29,6 +29,9 @@ class Filters:
     ``depth`` is a (low, high) share of the model's depth, or -n for the last n blocks, n for the
     first n; ``where`` is any predicate over a Site. A rule that matches nothing is an error, unless
     it is ``optional``.
+
+    Raises:
+        PolicyError: an unknown filter or role, or a value that does not fit; the valid ones are named.
     """
 
     name: Names = None
@@ -39,6 +42,11 @@ class Filters:
     where: Callable[[Site], bool] | None = None
     _: KW_ONLY
     optional: bool = False
+
+    def __new__(cls, *_args: Any, **given: Any) -> Self:
+        """Refuse what is no filter or option, naming those that are."""
+        refuse_unknown(cls.__name__, given, [f.name for f in fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check the values, and keep lists as tuples."""

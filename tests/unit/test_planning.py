@@ -495,6 +495,7 @@ def test_weights_that_the_budget_has_no_room_for_are_warned_of():
             Policy(Rule(rank=8), budget=2 * 16 + 8, bias="lora_only"),
             parameters={f"layers.0.attention.{n}.bias": ((4,), "float32") for n in ("query", "output")},
         )
+    assert "rank 1 for each takes 64: given in order as long as it fits, 32" in made.notes[0]
     assert [d.reason for d in made.decisions] == [Reason.RULE] * 2 + [Reason.NO_BUDGET] * 2
     assert [e.name for e in made.extras] == ["layers.0.attention.query.bias"]
     assert made["layers.0.attention.output.weight"].detail == "rank 8 scaled to 0 by the budget"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -121,6 +124,20 @@ def test_parameters_that_are_no_sites_are_matched_by_name_and_module_alone():
 def test_values_that_cannot_be_are_refused(values):
     with pytest.raises(PolicyError, match=next(iter(values))):
         Rule(**values)
+
+
+def test_an_unknown_filter_names_the_valid_ones():
+    with pytest.raises(
+        PolicyError, match=r"keys of name, module, kind.*rank.*got 'modul'. Did you mean 'module'"
+    ):
+        Rule(modul="q_proj")
+    with pytest.raises(PolicyError, match=r"Skip: expected keys of name, module, .*optional; got 'rank'"):
+        Skip(rank=3)
+
+
+def test_rules_are_copied_and_pickled():
+    rule = Rule(role="qv", rank=4)
+    assert copy.deepcopy(rule) == pickle.loads(pickle.dumps(rule)) == replace(rule, rank=4) == rule
 
 
 @pytest.mark.parametrize(
