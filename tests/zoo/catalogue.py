@@ -235,8 +235,9 @@ def candidates(name: str, hints: dict[str, Any]) -> Iterator[type[nn.Module]]:
         if found is not None:
             yield _class(name, found[0] if isinstance(found, tuple) else found)
             break
-    base = modeling_auto.MODEL_MAPPING_NAMES[name]
-    yield _class(name, base[0] if isinstance(base, tuple) else base)
+    base = modeling_auto.MODEL_MAPPING_NAMES.get(name)
+    if base is not None:
+        yield _class(name, base[0] if isinstance(base, tuple) else base)
 
 
 def _class(model_type: str, name: str) -> type[nn.Module]:

@@ -28,6 +28,7 @@ def _rotary(sections: list[int], part: str = "") -> dict[str, Any]:
     return {"config": {f"{part}rope_parameters": rope}}
 
 
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _BACKBONE: dict[str, Any] = {
     "config": {
         "use_timm_backbone": False,
@@ -57,7 +58,14 @@ HINTS: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
-    "detr": _BACKBONE,
+    "detr": {**_BACKBONE, "head": "DetrForObjectDetection"},
+    "upernet": {
+        "config": {
+            "backbone": None,
+            "backbone_config": {**_BACKBONE["config"]["backbone_config"], "out_features": _STAGES},
+            "auxiliary_in_channels": 32,
+        }
+    },
     "conditional_detr": _BACKBONE,
     "dab-detr": _BACKBONE,
     "table-transformer": _BACKBONE,
