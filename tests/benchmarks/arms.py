@@ -79,7 +79,8 @@ def _arm(name: str, model: nn.Module, loss: Forward, setup: Setup) -> Arm:
         )  # type: ignore[assignment]
     elif name == "lora_fx":
         rule = lora_fx.Rule(name=f"re:{pattern}\\.weight", rank=setup.rank, dropout=setup.dropout)
-        lora_fx.inject(model, lora_fx.Policy(rule), seed=0)
+        dtype = next(model.parameters()).dtype
+        lora_fx.inject(model, lora_fx.Policy(rule), setup.case.example(dtype, setup.device), seed=0)
     injection = time.process_time() - started
     model.train()
     for module in model.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class Case:
                 return self.run(model, x).float().square().mean()
 
         return loss
+
+    def example(self, dtype: torch.dtype, device: str) -> Any:
+        """Return example inputs for tracing."""
+        x = torch.zeros(1, *self.inputs[1:], dtype=dtype, device=device)
+        return x if self.run is _plain else {"inputs_embeds": x}
 
 
 def _hidden(model: nn.Module, x: Tensor) -> Tensor:
