@@ -5,6 +5,7 @@ Rows of ``tests.zoo.run --onnx`` are told from the others by what they hold, and
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections import Counter
@@ -191,6 +192,7 @@ def _onnx_reds(built: Sequence[Row]) -> str:
 
 
 def _short(why: str) -> str:
+    why = re.sub(r"/\S*/", "", why)  # files by their names alone
     return why.replace("|", "/").replace("<", "‹")[:260]
 
 

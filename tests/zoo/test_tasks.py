@@ -32,6 +32,9 @@ TASKS = {
     "diffusion, transformer": "diffusers/DiTTransformer2DModel",
 }
 
+UPSTREAM = {"vision-language model": "aten._is_all_true"}
+"""Tasks whose base torch.onnx.export does not translate, and the operator that it lacks."""
+
 
 @pytest.mark.zoo_full
 @pytest.mark.parametrize("task", TASKS)
@@ -47,16 +50,20 @@ def test_whole_way(task: str, tmp_path: Path) -> None:
     loaded = lora_fx.load_adapter(copy.deepcopy(base), tmp_path / "task.safetensors", trainable=True)
     with torch.no_grad():
         assert same(outputs_of(loaded, inputs), outputs_of(model, inputs))
+    if task in UPSTREAM:
+        with pytest.raises(lora_fx.ExportError, match=UPSTREAM[task]):
+            lora_fx.export_onnx(model, tmp_path / "task.onnx", inputs)
+        return
     certificate = lora_fx.export_onnx(model, tmp_path / "task.onnx", inputs)
     certificate.raise_for_failure()
 
 
-def train(model: torch.nn.Module, inputs: dict[str, object], steps: int = 4) -> list[float]:
+def train(model: torch.nn.Module, inputs: dict[str, object], steps: int = 6) -> list[float]:
     """Draw every output towards one a little beside it, for a few steps; return the losses."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         wanted = [o + 0.3 * torch.randn(o.shape, generator=generator) for o in float_leaves(model(**inputs))]
-    optimiser = torch.optim.Adam(lora_fx.parameters(model), lr=3e-3)
+    optimiser = torch.optim.Adam(lora_fx.parameters(model), lr=1e-5)
     losses: list[float] = []
     for _ in range(steps):
         found = float_leaves(model(**inputs))
