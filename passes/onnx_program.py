@@ -9,7 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -34,6 +34,7 @@ class Program:
 
     model: ir.Model
     notes: tuple[str, ...] = ()
+    _prepared: list[ir.Model] = field(default_factory=list[ir.Model], init=False, repr=False, compare=False)
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,13 +48,35 @@ class Program:
             model.graph.initializers[name].const_value = from_torch(value, name)
         return replace(self, model=model)
 
+    def prepare(self) -> None:
+        """Optimise once, to see that the optimiser works on the graph; the first to ask gets the result.
+
+        Raises:
+            ExportError: the exporter's optimiser fails on the graph, with its own reason.
+        """
+        self._prepared.append(self.optimised())
+
     def optimised(self, values: Mapping[str, Tensor] | None = None) -> ir.Model:
-        """Return an optimised copy, holding other values for the named parameters."""
+        """Return an optimised copy, holding other values for the named parameters.
+
+        Raises:
+            ExportError: the exporter's optimiser fails on the graph, with its own reason.
+        """
         from onnxscript.optimizer import optimize_ir
 
+        if not values and self._prepared:
+            return self._prepared.pop()
         model = self.holding(values or {}).model
-        with quiet():
-            optimize_ir(model)
+        try:
+            with quiet():
+                optimize_ir(model)
+        except ir.passes.PassError as error:
+            raise ExportError(
+                "the model's ONNX graph",
+                expected="one that the exporter's own optimiser works on",
+                got=reason(error),
+                advice="torch.onnx.export fails on the base alike: write that operation otherwise.",
+            ) from error
         _mend_types(model)
         return model
 
@@ -92,7 +115,9 @@ def program(
     last: Exception | None = None
     for attempt in _attempts(inputs, dynamic_shapes):
         try:
-            return _attempted(model, attempt, opset, notes)
+            program = _attempted(model, attempt, opset, notes)
+            program.prepare()
+            return program
         except Exception as error:  # the exporter raises many classes  # noqa: BLE001
             last = error
             notes.append(f"not exported with {attempt.name}: {reason(error)}")
