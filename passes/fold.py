@@ -42,9 +42,12 @@ def folded(model: nn.Module, adapter: str | None = None) -> Generator[nn.Module]
 
 
 @contextmanager
-def base_only(model: nn.Module) -> Generator[nn.Module]:
-    """Inside, the model is the base model: original classes, forwards and parameters, no adapters."""
-    with _as_base(model, {}, None):
+def base_only(model: nn.Module, adapter: str | None = None) -> Generator[nn.Module]:
+    """Inside, the model is the base model: original classes, forwards and parameters, no adapters.
+
+    Frozen normalisations stay frozen, but for those whose statistics this adapter has its own copy of.
+    """
+    with _as_base(model, {}, adapter):
         yield model
 
 

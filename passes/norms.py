@@ -36,17 +36,15 @@ def freeze_norms(model: nn.Module, state: AdapterState) -> None:
 
 
 @contextmanager
-def moving_norms(model: nn.Module, adapter: str) -> Generator[None]:
-    """Inside, normalisations run as the base's own where the adapter has its copy of their statistics."""
-    moved = [
-        m for m in model.modules() if (held := binding(m)) and adapter in held.sites.get("running_mean", {})
-    ]
-    for module in moved:
+def resting_norms_bare(model: nn.Module) -> Generator[None]:
+    """Inside, normalisations in eval mode, which are frozen anyhow, have their own class."""
+    resting = [m for m in model.modules() if (held := binding(m)) and held.frozen_norm and not m.training]
+    for module in resting:
         detach(module)
     try:
         yield
     finally:
-        for module in moved:
+        for module in resting:
             attach(module)
 
 

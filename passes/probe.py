@@ -1,8 +1,8 @@
 """Probe: does every adapter act exactly as its delta on the weight would?
 
 All adapters are filled with random values and the injected model is run; then the same delta is
-added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run.
-The two outputs must agree. Every adapter must also receive a gradient wherever full fine-tuning of
+added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run, its
+modules of their own classes and with their own parameters. The two outputs must agree. Every adapter must also receive a gradient wherever full fine-tuning of
 its weight would. Everything is put back.
 
 A model that chooses by comparing numbers (the best proposals of a detector) may answer a rounding with
@@ -12,8 +12,9 @@ another choice. Where the base itself does so, float64 decides, in which a fault
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ProbeError
 from lora_fx.passes.changes import changes
-from lora_fx.passes.fold import folded
-from lora_fx.passes.norms import moving_norms
+from lora_fx.passes.fold import base_only, folded
+from lora_fx.passes.norms import resting_norms_bare
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.preserve import attention_spelt_out, preserved
@@ -39,6 +40,10 @@ _PROBE_SIZE = 0.1
 """The probe's delta, as a share of the weight's own norm."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest allowed |injected - reference| / |reference| by norm, per dtype of the output."""
+_PAST = (
+    "The weight is read past its module (a cached view, a list), or the forward asks for its class or flags: "
+    "Skip it, and report it."
+)
 _NUDGE = 16.0
 """Roundings by which every weight is moved to see whether the model answers them with leaps."""
 
@@ -94,20 +99,42 @@ def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
             ", ".join(deaf[:5]),
             expected="a gradient, as full fine-tuning of the weight has one",
             got="none: the output does not depend on the adapter",
-            advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
+            advice=_PAST,
         )
     reference = _run_with_weights_replaced(model, adapter, run)
     difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
     if difference > tolerance and _leaps(model, adapter, run, reference):
         difference, tolerance = _compared_in_float64(model, adapter, inputs) or (difference, tolerance)
     if difference > tolerance:
+        _refuse_asking(model, adapter, run, outputs, difference)
         raise ProbeError(
             _disagreeing(model, adapter, run) or "the adapters together",
             expected=f"the effect of adding the delta to the weight, to {tolerance:g}",
             got=f"a relative difference of {difference:.3g}",
-            advice="The weight is read past its module (a cached view, a list): Skip it, and report it.",
+            advice=_PAST,
         )
     return ProbeResult(difference, tuple(silent))
+
+
+def _refuse_asking(
+    model: nn.Module, adapter: str, run: Runner, outputs: list[Tensor], difference: float
+) -> None:
+    """Refuse a model whose difference from the base is not the weights' but the adapted modules' own.
+
+    Raises:
+        ProbeError: with ``W`` written into ``W0`` and the adapters off, but the modules as they are
+            adapted, the model agrees with the injected one and not with the base.
+    """
+    adapted = _run_with_weights_replaced(model, adapter, run, modules=disable_adapter)
+    apart, tolerance = compare(outputs, adapted, weight_dtypes(model, adapter))
+    if apart <= tolerance:
+        raise ProbeError(
+            f"the forward of {type(model).__name__}",
+            expected=f"what the base computes with the same weights, to {tolerance:g}",
+            got=f"a relative difference of {difference:.3g}: it asks for its modules' class or parameters",
+            advice="Adapted modules have a subclass and more parameters: ask with isinstance(), and for "
+            "parameters by name; or Skip the modules that are asked.",
+        )
 
 
 def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[list[Tensor], list[str]]:
@@ -172,8 +199,12 @@ def _run_with_weights_replaced(
     run: Runner,
     only: str | None = None,
     nudged: Callable[[Tensor], Tensor] = lambda weight: weight,
+    modules: Callable[[nn.Module], AbstractContextManager[Any]] | None = None,
 ) -> list[Tensor]:
-    """Run the base with ``W`` written into the very tensors of ``W0``, then write the bits back."""
+    """Run the base with ``W`` written into the very tensors of ``W0``, then write the bits back.
+
+    ``modules`` says which modules are run; by default those of the base: their own classes, no adapters.
+    """
     found = changes(model, adapter)
     kept = {name: change.before.clone() for name, change in found.items()}
     try:
@@ -181,11 +212,18 @@ def _run_with_weights_replaced(
             if only is None or only in change.names:
                 change.before.copy_(nudged(change.after))
         # With gradients, for a forward that takes some itself.
-        with preserved(model), disable_adapter(model), moving_norms(model, adapter), torch.enable_grad():
+        with (modules or partial(_base, adapter=adapter))(model), preserved(model), torch.enable_grad():
             return [o.detach() for o in float_leaves(run())]
     finally:
         for name, change in found.items():
             change.before.copy_(kept[name])
+
+
+@contextmanager
+def _base(model: nn.Module, adapter: str) -> Generator[None]:
+    """Inside, the model is the base; normalisations in eval mode, too, are of their own class."""
+    with base_only(model, adapter), resting_norms_bare(model):
+        yield
 
 
 def _leaps(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor]) -> bool:

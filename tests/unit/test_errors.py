@@ -175,6 +175,38 @@ def test_the_probe_refuses_a_weight_that_is_read_past_its_module() -> None:
     watch.check()
 
 
+class _Asking(nn.Module):
+    """Asks a question of its module, and takes another branch where the answer is no."""
+
+    def __init__(self, asked: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        self.asked = asked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x).tanh()
+        return y * 3 if self.asked(self.inner) else y
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda m: type(m[0]) is nn.Linear,
+        lambda m: type(m[0]).forward is nn.Linear.forward,
+        lambda m: type(m[1]) is nn.BatchNorm1d,
+        lambda m: len(list(m[0].parameters())) == 2,
+    ],
+)
+def test_the_probe_refuses_a_forward_that_asks_for_its_modules_class(
+    asked: Callable[[nn.Module], bool],
+) -> None:
+    subject = _Asking(asked).eval()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.ProbeError, match=r"_Asking.*asks for its modules' class or parameters"):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
 class _Leaping(nn.Module):
     """Answers a rounding of its layer's result with another output, as a choice between equals does."""
 
