@@ -324,9 +324,12 @@ def _refuse_misfit(model: nn.Module, planned: Plan, traced: Trace | None) -> Non
 
 
 def _held(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and dtype of every parameter, by every qualified name."""
+    """Return the shape and dtype of every parameter that can be replaced, by every qualified name."""
+    scripted = {path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)}
     return {
-        name: (tuple(p.shape), dtype_name(p)) for name, p in model.named_parameters(remove_duplicate=False)
+        name: (tuple(p.shape), dtype_name(p))
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name.rpartition(".")[0] not in scripted
     }
 
 

@@ -105,20 +105,20 @@ def insert(model: nn.Module, plan: Plan, adapter: str, seed: int | None = None) 
     refuse_lazy(model)
     holders = owners(model)
     check_fit(model, plan, holders)
-    if record is None:
-        record = _new_record(model)
-    record.plans[adapter] = plan
-    record.ties[adapter] = _ties(plan, holders)
-    record.trainable[adapter] = True
     try:
+        if record is None:
+            record = _new_record(model)
+        record.plans[adapter] = plan
+        record.ties[adapter] = _ties(plan, holders)
+        record.trainable[adapter] = True
         _rewrite(model, plan, adapter, record, holders, generator_of(seed))
+        if record.state.active is None:
+            record.state.active = adapter
+        apply_trainability(model, record)
+        remember_norms(model)
     except BaseException:
         remove(model, adapter)
         raise
-    if record.state.active is None:
-        record.state.active = adapter
-    apply_trainability(model, record)
-    remember_norms(model)
 
 
 def check_name(adapter: str, record: Injected | None) -> None:
@@ -149,6 +149,8 @@ def check_fit(model: nn.Module, plan: Plan, holders: Owners) -> None:
         if name not in holders:
             problems.append(f"{name} is not there")
             continue
+        if any(isinstance(owner.module, torch.jit.ScriptModule) for owner in holders[name]):
+            problems.append(f"{name} is held by a module that TorchScript compiled")
         owner = holders[name][0]
         found = tuple(raw(owner.module, owner.attribute).shape)
         if found != tuple(shape):

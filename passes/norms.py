@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lora_fx.errors import WrappedModelError
@@ -14,7 +15,12 @@ from lora_fx.passes.subclass import attach, detach
 
 
 def is_running_norm(module: nn.Module) -> bool:
-    """Say whether a module is a normalisation that moves running statistics in train mode."""
+    """Say whether a module is a normalisation that moves running statistics in train mode.
+
+    One compiled by TorchScript is left alone: it cannot be given another forward.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     mean = own_buffers(module).get("running_mean")
     return mean is not None and bool(getattr(module, "track_running_stats", True))
 

@@ -47,7 +47,10 @@ def replaced_state(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Gen
 
     try:
         for module in model.modules():
+            scripted: Any = module if isinstance(module, torch.jit.ScriptModule) else None
             stores: tuple[Any, ...] = (own_parameters(module), own_buffers(module))
+            if scripted is not None:  # its registers are views of what was compiled, and can be written to
+                stores = (scripted._parameters, scripted._buffers)
             for store in stores:
                 for name, tensor in list(store.items()):
                     if tensor is not None:

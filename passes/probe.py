@@ -1,9 +1,9 @@
 """Probe: does every adapter act exactly as its delta on the weight would?
 
 All adapters are filled with random values and the injected model is run; then the same delta is
-added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run, its
-modules of their own classes and with their own parameters. The two outputs must agree. Every adapter must also receive a gradient wherever full fine-tuning of
-its weight would. Everything is put back.
+added to every ``W0`` in place, which reaches every alias, view and reference, and the base is run,
+its modules of their own classes, without adapters. The two outputs must agree. Every adapter must also
+receive a gradient wherever full fine-tuning of its weight would. Everything is put back.
 
 A model that chooses by comparing numbers (the best proposals of a detector) may answer a rounding with
 another choice. Where the base itself does so, float64 decides, in which a fault stays and rounding goes.

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the module's live register of parameters: writing to it registers."""
+    """Return the module's live register of parameters: writing to it registers; of a scripted one, a copy."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_parameters(recurse=False, remove_duplicate=False))
     return cast("dict[str, nn.Parameter | None]", module.__dict__["_parameters"])
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the module's live register of buffers: writing to it registers."""
+    """Return the module's live register of buffers: writing to it registers; of a scripted one, a copy."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_buffers(recurse=False, remove_duplicate=False))
     return cast("dict[str, Tensor | None]", module.__dict__["_buffers"])
 
 

@@ -175,6 +175,37 @@ def test_the_probe_refuses_a_weight_that_is_read_past_its_module() -> None:
     watch.check()
 
 
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_compiled_submodules_are_left_alone(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    inner = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    subject = nn.Sequential(nn.Linear(6, 6), compiled(inner), nn.Linear(6, 2)).eval()
+    watch, wanted = _Untouched(subject), subject(X)
+    lora_fx.inject(subject, Policy(Rule(rank=2), bias="all", norm_stats="train"), X)
+    assert torch.equal(subject(X), wanted)
+    assert [r.reason for r in lora_fx.audit(subject).rows if r.name == "1.0.weight"] == ["unfit"]
+    assert lora_fx.verify(subject, X).ok
+    lora_fx.unload(subject)
+    watch.check()
+    with pytest.raises(lora_fx.PlanError, match=r"1\.0\.weight is held by .* TorchScript compiled"):
+        lora_fx.inject(subject, Policy(lora_fx.Train(name="1.0.weight")), X)
+    watch.check()
+
+
+@pytest.mark.parametrize("step", ["_ties", "_rewrite", "apply_trainability", "remember_norms"])
+def test_any_failure_inside_insert_leaves_the_model_as_it_was(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(step)
+
+    subject = model()
+    watch = _Untouched(subject)
+    monkeypatch.setattr(f"lora_fx.passes.insert.{step}", fail)
+    with pytest.raises(OSError, match=step):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
 class _Asking(nn.Module):
     """Asks a question of its module, and takes another branch where the answer is no."""
 
