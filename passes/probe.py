@@ -213,7 +213,8 @@ def _run_with_weights_replaced(
                 change.before.copy_(nudged(change.after))
         # With gradients, for a forward that takes some itself.
         with (modules or partial(_base, adapter=adapter))(model), preserved(model), torch.enable_grad():
-            return [o.detach() for o in float_leaves(run())]
+            # Cloned: an output may be a weight, or a view of one, whose bits are written back.
+            return [o.detach().clone() for o in float_leaves(run())]
     finally:
         for name, change in found.items():
             change.before.copy_(kept[name])

@@ -238,6 +238,25 @@ def test_the_probe_refuses_a_forward_that_asks_for_its_modules_class(
     watch.check()
 
 
+class _Returning(nn.Module):
+    """Returns its weight beside its result, as a codebook is."""
+
+    def __init__(self, returned: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.returned = returned
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x), self.returned(self.linear.weight)
+
+
+@pytest.mark.parametrize("returned", [lambda w: w, lambda w: w[:1], lambda w: w.detach()])
+def test_a_model_may_return_its_weight(returned: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    subject = lora_fx.inject(_Returning(returned), Policy(Rule(rank=2)), X)
+    assert len(lora_fx.parameters(subject)) == 2
+    assert lora_fx.verify(subject, X).ok
+
+
 class _Leaping(nn.Module):
     """Answers a rounding of its layer's result with another output, as a choice between equals does."""
 
