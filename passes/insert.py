@@ -6,7 +6,7 @@ dynamic subclass through which it reads ``W`` and, where its forward is stock, c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import AdapterNameError, PlanError
+from lora_fx.kinds import KINDS
 from lora_fx.kinds.effective import row_norms
 from lora_fx.kinds.producers import remember_norms
 from lora_fx.matrix import MatrixForm
@@ -315,9 +316,15 @@ def choose_branches(module: nn.Module) -> None:
     # Modules alike in all that tracing would bake in are traced once.
     key = (held.base_class, frozenset(forms.items()), constants(module))
     if key not in _branched:
-        stock = stock_home(held.base_class) is not None
+        stock = stock_home(held.base_class) is not None and _has_stock_weight(module, forms)
         _branched[key] = rewrite(trace_stock(module, held.base_class), forms) if stock else frozenset()
     held.branched = {name: how for name, how in forms.items() if name in _branched[key]}
+
+
+def _has_stock_weight(module: nn.Module, names: Iterable[str]) -> bool:
+    """Say whether a stock forward reads one of these itself, and not what a hook makes of them."""
+    owned = {name for kind in KINDS for name in kind.owned(module)}
+    return not owned.isdisjoint(names)
 
 
 _branched: dict[tuple[Any, ...], frozenset[str]] = {}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ProbeError
+from lora_fx.errors import LoraFxError, ProbeError
 from lora_fx.passes.changes import changes
 from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.norms import resting_norms_bare
@@ -145,13 +145,34 @@ def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[li
     for parameter in wanted:
         parameter.requires_grad_(True)
     # The gradient is taken before the buffers are put back: putting back is a write that autograd sees.
-    with preserved(model):
+    with preserved(model), _failures_named(model):
         outputs, slopes = outputs_and_slopes(model, run, wanted)
     if slopes is None:
         return outputs, list(parameters)
     moved = {id(p) for p, g in zip(wanted, slopes, strict=True) if g is not None and bool(g.any())}
     silent = [name for name, ps in parameters.items() if not any(id(p) in moved for p in ps)]
     return outputs, silent
+
+
+@contextmanager
+def _failures_named(model: nn.Module) -> Generator[None]:
+    """Inside, what the model's own forward or backward raises is a ProbeError; the base's forward ran.
+
+    Raises:
+        ProbeError: with the model's own error, chained.
+    """
+    try:
+        yield
+    except (LoraFxError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ProbeError(
+            f"the forward or backward of {type(model).__name__}",
+            expected="both to run with frozen weights and with adapters",
+            got=f"{type(error).__name__}: {error}",
+            advice="The base's forward ran: this one takes its modules' parameters for all weights, or has "
+            "no backward; the model's own error is chained.",
+        ) from error
 
 
 def _learning(model: nn.Module, adapter: str, run: Runner, names: set[str]) -> set[str]:

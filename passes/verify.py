@@ -91,9 +91,14 @@ def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
 
 def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     leaves, spec = pytree.tree_flatten(inputs)
-    changed = [_leaf(change(v), v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
+    changed = [_leaf(change(v), v.requires_grad) if _is_dense(v) else v for v in leaves]
     mapped: Inputs = pytree.tree_unflatten(changed, spec)
     return mapped
+
+
+def _is_dense(value: Any) -> bool:
+    """Say whether a value is a tensor that other numbers can be made of: a sparse one is left as it is."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
@@ -108,7 +113,7 @@ def _other_values(tensor: Tensor) -> Tensor:
 
 
 def _batch_size(inputs: Inputs) -> int | None:
-    sizes = {t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() > 1}
+    sizes = {t.shape[0] for t in pytree.tree_leaves(inputs) if _is_dense(t) and t.dim() > 1}
     return sizes.pop() if len(sizes) == 1 else None
 
 

@@ -172,6 +172,11 @@ class Kind:
         return None
 
 
+def has_weight(module: nn.Module) -> bool:
+    """Say whether a module has its weight now: a hook may make it anew in every forward."""
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
 def low_rank(x: Tensor, part: LivePart) -> Tensor:
     """Return ``scale * (dropout(x) A^T) B^T`` for an input whose last axis is ``in``.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
+from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.matrix import MatrixForm, rows_form
 
 
@@ -64,6 +64,6 @@ class BilinearKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of an ``nn.Bilinear``."""
-        if isinstance(module, nn.Bilinear):
+        if isinstance(module, nn.Bilinear) and has_weight(module):
             return {"weight": rows_form(tuple(module.weight.shape))}
         return {}

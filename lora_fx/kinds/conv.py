@@ -23,6 +23,7 @@ from lora_fx.kinds.base import (
     LiveParts,
     Operand,
     add_rows,
+    has_weight,
     rows_index,
     shape_of,
 )
@@ -128,7 +129,7 @@ class ConvKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of a stock convolution."""
-        if isinstance(module, self.homes):
+        if isinstance(module, self.homes) and has_weight(module):
             weight = module.weight
             assert isinstance(weight, torch.Tensor)
             return {"weight": rows_form(tuple(weight.shape))}

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LivePart, LiveParts, Operand, rows_index, shape_of
+from lora_fx.kinds.base import (
+    Branch,
+    Call,
+    Kind,
+    LivePart,
+    LiveParts,
+    Operand,
+    has_weight,
+    rows_index,
+    shape_of,
+)
 from lora_fx.matrix import MatrixForm, Rows
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -142,7 +152,7 @@ class ConvTransposeKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of a stock transposed convolution."""
-        if isinstance(module, self.homes):
+        if isinstance(module, self.homes) and has_weight(module):
             weight, groups = module.weight, module.groups
             assert isinstance(weight, Tensor)
             assert isinstance(groups, int)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
+from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, columns_form
 
@@ -84,7 +84,7 @@ class EmbeddingKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of an ``nn.Embedding``."""
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and has_weight(module):
             return {"weight": columns_form(tuple(module.weight.shape))}
         return {}
 

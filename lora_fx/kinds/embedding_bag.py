@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, shape_of
+from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.kinds.embedding import MAX_NORM
 from lora_fx.matrix import MatrixForm, columns_form
@@ -98,7 +98,7 @@ class EmbeddingBagKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of an ``nn.EmbeddingBag``."""
-        if isinstance(module, nn.EmbeddingBag):
+        if isinstance(module, nn.EmbeddingBag) and has_weight(module):
             return {"weight": columns_form(tuple(module.weight.shape))}
         return {}
 

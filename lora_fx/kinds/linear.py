@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, low_rank, shape_of
+from lora_fx.kinds.base import (
+    Branch,
+    Call,
+    Kind,
+    LiveParts,
+    Operand,
+    add_rows,
+    has_weight,
+    low_rank,
+    shape_of,
+)
 from lora_fx.kinds.fused_linear import fusable, fused_linear, merged_linear
 from lora_fx.matrix import MatrixForm, rows_form
 
@@ -61,6 +71,6 @@ class LinearKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of an ``nn.Linear``."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and has_weight(module):
             return {"weight": rows_form(tuple(module.weight.shape))}
         return {}

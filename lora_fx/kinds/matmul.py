@@ -21,6 +21,7 @@ from lora_fx.kinds.base import (
     LiveParts,
     Operand,
     add_rows,
+    has_weight,
     low_rank,
     shape_of,
 )
@@ -117,7 +118,7 @@ class MatmulKind(Kind):
 
     def owned(self, module: nn.Module) -> Mapping[str, MatrixForm]:
         """The weight of transformers' ``Conv1D``."""
-        if isinstance(module, _conv1d()):
+        if isinstance(module, _conv1d()) and has_weight(module):
             weight = module.weight
             assert isinstance(weight, Tensor)
             return {"weight": columns_form(tuple(weight.shape))}

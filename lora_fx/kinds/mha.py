@@ -47,7 +47,7 @@ class AttentionKind(Kind):
         if not isinstance(module, nn.MultiheadAttention):
             return {}
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights = {name: getattr(module, name) for name in names}
+        weights = {name: getattr(module, name, None) for name in names}
         return {name: rows_form(tuple(w.shape)) for name, w in weights.items() if isinstance(w, Tensor)}
 
 

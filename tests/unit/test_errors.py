@@ -257,6 +257,43 @@ def test_a_model_may_return_its_weight(returned: Callable[[torch.Tensor], torch.
     assert lora_fx.verify(subject, X).ok
 
 
+class _NoBackward(torch.autograd.Function):
+    """Computes, and has no backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        del ctx
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("there is no way back")
+
+
+class _Failing(nn.Module):
+    """Fails with adapters: in its backward, or where it takes its layer's two parameters by position."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "backward":
+            return _NoBackward.apply(self.linear(x))
+        weight, bias = self.linear.parameters()
+        return nn.functional.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize(("way", "said"), [("backward", "no way back"), ("forward", "too many values")])
+def test_a_forward_or_backward_that_fails_with_adapters_is_named(way: str, said: str) -> None:
+    subject = _Failing(way)
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.ProbeError, match=f"_Failing.*{said}"):
+        lora_fx.inject(subject, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
 class _Leaping(nn.Module):
     """Answers a rounding of its layer's result with another output, as a choice between equals does."""
 

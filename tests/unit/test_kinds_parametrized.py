@@ -12,6 +12,7 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_fx
+from lora_fx.passes.tree import sites_from_modules
 from tests.by_hand import check, distance, randomise, run
 
 EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
@@ -160,3 +161,31 @@ def test_computing_an_adapted_weight_anew_is_refused(later: Callable[[nn.Module]
     with pytest.raises((lora_fx.WeightWriteError, TypeError)):
         later(layer)
     assert distance(layer(X), wanted) == 0
+
+
+MADE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(6, 6), X),
+    "conv": (lambda: nn.Conv2d(3, 3, 3), IMAGE),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 3, 3), IMAGE),
+    "embedding": (lambda: nn.Embedding(6, 6), torch.tensor([[1, 2]])),
+    "bag": (lambda: nn.EmbeddingBag(6, 6), torch.tensor([[1, 2]])),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_weight_that_a_hook_makes_anew_in_every_forward(made: str) -> None:
+    torch.manual_seed(0)
+    build, x = MADE[made]
+    layer = build().double()
+    layer.weight_v = layer._parameters.pop("weight")
+
+    def make(module: nn.Module, _: object) -> None:
+        module.weight = nn.functional.normalize(module.weight_v, dim=1)
+
+    layer.register_forward_pre_hook(make)
+    model = nn.Sequential(layer)
+    assert [(site.name, site.kind) for site in sites_from_modules(model)] == [("0.weight_v", "other")]
+    x = x.double() if x.is_floating_point() else x
+    lora_fx.inject(model, EVERYTHING, x, seed=0)
+    randomise(model)
+    check(model, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.passes import verify as verify_pass
@@ -39,3 +39,22 @@ def test_a_few_roundings_of_the_largest_gradient_are_no_difference() -> None:
     for roundings, fine in ((verify_pass._DISCOUNT, True), (4 * verify_pass._DISCOUNT, False)):
         found: list[Tensor | None] = [torch.full((1,), 1e-12 + 0.9 * roundings * step, dtype=torch.float64)]
         assert _gradients("w", found, right, "eval", 1.0, held).ok is fine
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, adjacency: Tensor) -> Tensor:
+        return self.linear(torch.sparse.mm(adjacency, self.weight))
+
+
+def test_a_sparse_input_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    adjacency = torch.randn(6, 6).relu().to_sparse()
+    model = lora_fx.inject(_Sparse(), lora_fx.Policy(lora_fx.Rule(rank=2)), adjacency)
+    report = lora_fx.verify(model, adjacency)
+    assert report.ok
+    assert {"eval, example inputs", "eval, other values"} <= {c.case for c in report.comparisons}
