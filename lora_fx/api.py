@@ -22,6 +22,7 @@ from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
+from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.norms import refuse_converted, running_statistics
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
@@ -347,6 +348,7 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
     elif any(p.device.type == "meta" for p in model.parameters()):
         known.probe = "not probed: the model is on the meta device"
     else:
+        note_written(model, written_in(traced.graph))
         result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:

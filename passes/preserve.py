@@ -1,8 +1,8 @@
-"""Leave a model as it was: buffers, modes, random state and gradients, whatever ran inside."""
+"""Leave a model as it was: buffers, parameters, modes and random state, whatever ran inside."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from lora_fx.passes.aliases import geometry_of
+from lora_fx.passes.moved import written_parameters
 from lora_fx.passes.registers import own_buffers
 from lora_fx.passes.snapshot import attributes_kept
 
@@ -18,13 +20,16 @@ from lora_fx.passes.snapshot import attributes_kept
 def preserved(model: nn.Module) -> Generator[None]:
     """Inside, the model may be run; afterwards buffers, modes, random states and attributes are as before.
 
-    Attributes too: a model that keeps what it computed from a weight must not keep a probe's.
+    Attributes too: a model that keeps what it computed from a weight must not keep a probe's. Parameters
+    as well, where the forward gives them other memory, and where a recorded run saw it write into them.
     """
     modules = list(model.modules())
     # A scripted module cannot replace its buffers, only write into them.
     registers = [(m, dict(own_buffers(m))) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     with _disable_current_modes():  # a fake mode would keep a copy without values
-        values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _has_values(buffer)]
+        places = [(parameter, parameter.detach()) for parameter in model.parameters()]
+        moving = [*model.buffers(), *written_parameters(model)]
+        values = [(tensor, tensor.detach().clone()) for tensor in moving if _has_values(tensor)]
     modes = [(module, module.training) for module in modules]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
@@ -41,9 +46,12 @@ def preserved(model: nn.Module) -> Generator[None]:
             own_buffers(module).clear()
             own_buffers(module).update(held)
         with torch.no_grad(), _disable_current_modes():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for parameter, place in places:
+                if not _lies_at(parameter, place):
+                    parameter.data = place
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager
@@ -55,6 +63,14 @@ def attention_spelt_out() -> Generator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_is_alias: Callable[[Tensor, Tensor], bool] = vars(torch)["_C"]._is_alias_of
+
+
+def _lies_at(parameter: Tensor, place: Tensor) -> bool:
+    """Say whether a parameter is still in the memory that it was in."""
+    return _is_alias(parameter, place) and geometry_of(parameter) == geometry_of(place)
 
 
 def _has_values(tensor: Tensor) -> bool:

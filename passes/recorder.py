@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.kinds.names import canonical_op
@@ -83,7 +84,7 @@ class Recorder(TorchFunctionMode):
         """Write back what the run changed in parameters, inputs and other tensors from outside."""
         with torch.no_grad():
             for tensor, version, value in self._saved.values():
-                if version_of(tensor) != version and tensor.device.type != "meta":
+                if tensor.device.type != "meta" and _changed(tensor, version, value):
                     tensor.detach().copy_(value)
 
     def __torch_function__(
@@ -276,6 +277,14 @@ class Recorder(TorchFunctionMode):
                 held = tensor
             if held is not None and id(held) not in self._saved:
                 self._saved[id(held)] = (held, version_of(held), held.detach().clone())
+
+
+def _changed(tensor: Tensor, version: int, value: Tensor) -> bool:
+    """Say whether a tensor was written into: by its version, which writes through ``.data`` pass by."""
+    if version_of(tensor) != version:
+        return True
+    plainly = tensor.layout is torch.strided and not isinstance(tensor, FakeTensor)
+    return plainly and not torch.equal(tensor, value)
 
 
 def _tensor_attributes(model: nn.Module) -> dict[int, str]:

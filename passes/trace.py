@@ -94,10 +94,11 @@ def _record(model: nn.Module, examples: Examples, *, deep: bool, gradients: bool
     with (
         _quiet(model, args, kwargs),
         torch.set_grad_enabled(gradients),
+        contextlib.ExitStack() as written,
         preserved(model),
         contextlib.ExitStack() as stack,
     ):
-        stack.callback(recorder.restore_written)
+        written.callback(recorder.restore_written)  # once every parameter is in its own memory again
         stack.enter_context(recorder.modules.following())
         stack.enter_context(recorder)
         if deep:

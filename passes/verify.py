@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import InputError
 from lora_fx.passes.changes import weight_key
 from lora_fx.passes.fold import folded
+from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.preserve import attention_spelt_out, preserved
 from lora_fx.passes.probe import held_active, random_adapters, tolerance_of, weight_dtypes
 from lora_fx.passes.registers import plain
@@ -25,6 +27,7 @@ from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.slopes import outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, require, trained_names
+from lora_fx.passes.trace import trace
 from lora_fx.reports import Comparison, Report
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -59,6 +62,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     notes: list[str] = []
     with held_active(model, name), preserved(model), attention_spelt_out(), random_adapters(model, name):
         for mode in _modes(model, notes):
+            _note_writes(model, inputs, notes)
             for case, values in _cases(inputs):
                 label = f"{'train' if mode else 'eval'}, {case}"
                 found, problem = _compare(model, name, values, label)
@@ -79,6 +83,14 @@ def _modes(model: nn.Module, notes: list[str]) -> Iterator[bool]:
                 yield mode
         else:
             yield mode
+
+
+def _note_writes(model: nn.Module, inputs: Inputs, notes: list[str]) -> None:
+    """Record one run, so that what the forward itself writes into is put back after each of the others."""
+    try:
+        note_written(model, written_in(trace(model, inputs).graph))
+    except InputError as error:
+        notes.append(f"{'train' if model.training else 'eval'}: not recorded ({error})")
 
 
 def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
