@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import InputError
+from lora_fx.passes.aliases import geometry_of
 
 _ACCEPTED = "a tensor, a tuple of positional arguments, a mapping of keyword arguments, or (args, kwargs)"
 
@@ -83,17 +84,47 @@ def _is_keywords(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-def fresh(value: Any) -> Any:
-    """Return the same tensors in new containers and copied objects, so that a run changes none of them."""
-    if isinstance(value, Tensor) or value is None:
-        return value
+def own_copy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return copies for one run, which may write into its inputs, or take entries out of them.
+
+    What is one tensor or shares memory among the inputs does so among the copies. One that requires a
+    gradient does so as a leaf.
+    """
+    distinct = {id(t): t for _, t in tensors_in((args, kwargs))}
+    held: dict[int, list[Tensor]] = {}
+    for tensor in distinct.values():
+        shares = geometry_of(tensor) is not None and type(tensor) is Tensor
+        key = tensor.untyped_storage()._cdata if shares else -id(tensor)
+        held.setdefault(key, []).append(tensor)
+    copies = {id(t): copied for group in held.values() for t, copied in _copied(group)}
+    return fresh(args, copies), {name: fresh(value, copies) for name, value in kwargs.items()}
+
+
+def _copied(sharing: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (tensor, its copy) of tensors that lie in the same memory."""
+    storage = sharing[0].untyped_storage().clone() if len(sharing) > 1 else None
+    for tensor in sharing:
+        made = tensor.detach()
+        if storage is None:
+            made = made.clone()
+        else:
+            place = made.storage_offset(), made.shape, made.stride()
+            made = torch.empty(0, dtype=made.dtype, device=made.device).set_(storage, *place)
+        yield tensor, made.requires_grad_(tensor.requires_grad)
+
+
+def fresh(value: Any, copies: Mapping[int, Tensor] | None = None) -> Any:
+    """Return the same tensors, or their copies, in new containers and copied objects."""
+    copies = {} if copies is None else copies
+    if isinstance(value, Tensor):
+        return copies.get(id(value), value)
     if type(value) is dict:
-        return {k: fresh(v) for k, v in value.items()}
+        return {k: fresh(v, copies) for k, v in value.items()}
     if type(value) in {list, tuple}:
-        return type(value)(fresh(v) for v in value)
-    if isinstance(value, nn.Module) or callable(value):
+        return type(value)(fresh(v, copies) for v in value)
+    if value is None or isinstance(value, nn.Module) or callable(value):
         return value
-    return copy.deepcopy(value, {id(t): t for _, t in tensors_in(value)})
+    return copy.deepcopy(value, {id(t): copies.get(id(t), t) for _, t in tensors_in(value)})
 
 
 def named_inputs(

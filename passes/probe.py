@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import LoraFxError, ProbeError
 from lora_fx.passes.changes import changes
+from lora_fx.passes.examples import own_copy
 from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.norms import resting_norms_bare
 from lora_fx.passes.onnx_inputs import map_tensors
@@ -90,7 +91,8 @@ def held_active(model: nn.Module, adapter: str) -> Generator[None]:
 
 def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
     def run() -> Any:
-        return model(*inputs[0], **inputs[1])
+        args, kwargs = own_copy(*inputs)
+        return model(*args, **kwargs)
 
     outputs, silent = _run_with_gradients(model, adapter, run)
     deaf = sorted(_learning(model, adapter, run, set(silent))) if silent else []
@@ -263,9 +265,10 @@ def _leaps(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor])
 
 def _compared_in_float64(model: nn.Module, adapter: str, inputs: Inputs) -> tuple[float, float] | None:
     """Compare once more in float64; None where the model does not run in it."""
-    args, kwargs = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
+    wide = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
 
     def run() -> Any:
+        args, kwargs = own_copy(*wide)
         return model(*args, **kwargs)
 
     with cast_state(model, torch.float64):

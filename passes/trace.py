@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError
-from lora_fx.passes.examples import Examples, fresh, named_inputs, read_examples, tensors_in
+from lora_fx.passes.examples import Examples, named_inputs, own_copy, read_examples, tensors_in
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.recorder import Recorder
 from lora_fx.passes.second_net import SecondNet
@@ -170,15 +170,15 @@ def _has_lazy(model: nn.Module) -> bool:
 def _initialised_copy(model: nn.Module, examples: Examples) -> nn.Module:
     """Return a copy of a model with lazy modules, run once so that they know their shapes."""
     subject = copy.deepcopy(model)
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (fresh(examples.args), fresh(examples.kwargs)))
+    args, kwargs = own_copy(examples.args, examples.kwargs)
     with _errors_named(model), _quiet(subject, args, kwargs), torch.random.fork_rng():
         subject(*args, **kwargs)
     return subject
 
 
 def _placed(model: nn.Module, examples: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return fresh containers of the inputs, on the meta device where the whole model is."""
-    args, kwargs = fresh(examples.args), fresh(examples.kwargs)
+    """Return copies of the inputs, on the meta device where the whole model is."""
+    args, kwargs = own_copy(examples.args, examples.kwargs)
     devices = {t.device.type for t in [*model.parameters(), *model.buffers()]}
     if devices != {"meta"}:
         return args, kwargs

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError
 from lora_fx.passes.changes import weight_key
+from lora_fx.passes.examples import own_copy
 from lora_fx.passes.fold import folded
 from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.preserve import attention_spelt_out, preserved
@@ -186,8 +187,12 @@ def _injected_run(model: nn.Module, adapter: str, inputs: Inputs) -> _Run:
 def _run(
     model: nn.Module, inputs: Inputs, named: Mapping[str, nn.Parameter], distinct: list[nn.Parameter]
 ) -> _Run:
+    def run() -> Any:
+        args, kwargs = own_copy(*inputs)
+        return model(*args, **kwargs)
+
     with preserved(model), _trainable(distinct):
-        outputs, slopes = outputs_and_slopes(model, lambda: model(*inputs[0], **inputs[1]), distinct)
+        outputs, slopes = outputs_and_slopes(model, run, distinct)
     gradients = {} if slopes is None else {id(p): g for p, g in zip(distinct, slopes, strict=True)}
     return _Run(outputs, {n: gradients.get(id(p)) for n, p in named.items()})
 

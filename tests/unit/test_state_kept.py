@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.passes.examples import own_copy
 from tests.odd_models import Force, Remembering
 
 
@@ -72,3 +73,40 @@ def test_parameters_that_the_forward_writes_are_put_back(what: str, training: bo
     assert model.key.weight is key
     assert torch.equal(key, before)
     report.raise_for_failure()
+
+
+class Writing(nn.Module):
+    """A forward that writes into its first input, and takes the second out of a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        x *= 2
+        return self.last(torch.tanh(self.first(x))) + more.pop("x") + more["tail"].sum()
+
+
+def test_example_inputs_that_the_forward_writes_into_are_left() -> None:
+    torch.manual_seed(0)
+    model, x = Writing().double(), torch.randn(4, 6, dtype=torch.float64)
+    examples, before = (x, {"x": x, "tail": x[1:]}), x.clone()
+    lora_fx.trace(model, examples)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), examples, seed=0)
+    lora_fx.verify(model, examples).raise_for_failure()
+    assert torch.equal(x, before)
+    assert x._version == 0
+    assert sorted(examples[1]) == ["tail", "x"]
+
+
+def test_copies_of_inputs_share_memory_as_the_inputs_do() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    rows = x.detach()[1:]
+    (y, again, tail), named = own_copy((x, x, rows), {"ids": [torch.arange(3)]})
+    assert y is again
+    assert y.is_leaf
+    assert y.requires_grad
+    tail.zero_()
+    assert not y[1:].any()
+    assert x[1:].all()
+    assert torch.equal(named["ids"][0], torch.arange(3))
