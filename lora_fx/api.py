@@ -31,6 +31,7 @@ from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
+from lora_fx.passes.unsaved import moved_buffers, unsaved, unsaved_text
 from lora_fx.passes.wrapped import refuse_lazy, refuse_parts, refuse_wrapped
 from lora_fx.planning import make_plan
 from lora_fx.plans import Extra, Plan
@@ -167,6 +168,7 @@ def save_adapter(
     """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
 
     On a sharded model every process must call this; the first one writes, the others wait for it.
+    Warns of buffers of the base that have moved since inject: they are not in the file.
     With ``format="peft"`` as a folder that ``PeftModel.from_pretrained`` loads (an adapter that is not
     called "default" in a subfolder, as peft does), without plan and fingerprints.
 
@@ -177,9 +179,13 @@ def save_adapter(
     file = adapter_io.collect(model, adapter)
     written = peft_io.as_peft(model, file) if format == "peft" else file
     target = peft_io.folder_of(path, adapter) if format == "peft" else path
+    moved = moved_buffers(model, *switch.require(model, adapter))
     with first_process(model) as writes:
         if writes:
             written.write(target)
+            if moved:
+                text = unsaved_text(moved, "since inject the model moved its own buffers")
+                warnings.warn(f"lora_fx: {text}.", UserWarning, stacklevel=2)
 
 
 def load_adapter(
@@ -310,6 +316,9 @@ def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Tra
         owners=classes,
     )
     decided = replace(decided, extras=_distinct(decided.extras, shared))
+    moves = None if traced is None else unsaved(model, traced.graph)
+    if moves is not None:
+        decided = replace(decided, notes=(*decided.notes, moves))
     if policy.norm_stats == "train":
         decided = replace(decided, buffers=running_statistics(model))
     return decided, traced
@@ -349,6 +358,9 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
         known.probe = "not probed: the model is on the meta device"
     else:
         note_written(model, written_in(traced.graph))
+        moves = unsaved(model, traced.graph)
+        if moves is not None:
+            warnings.warn(f"lora_fx: {moves}.", UserWarning, stacklevel=3)
         result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_fx.errors import InputError
 from lora_fx.passes.aliases import geometry_of
@@ -94,10 +95,14 @@ def own_copy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
     held: dict[int, list[Tensor]] = {}
     for tensor in distinct.values():
         shares = geometry_of(tensor) is not None and type(tensor) is Tensor
-        key = tensor.untyped_storage()._cdata if shares else -id(tensor)
+        key = _memory(tensor) if shares else -id(tensor)
         held.setdefault(key, []).append(tensor)
     copies = {id(t): copied for group in held.values() for t, copied in _copied(group)}
     return fresh(args, copies), {name: fresh(value, copies) for name, value in kwargs.items()}
+
+
+def _memory(tensor: Tensor) -> int:
+    return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _copied(sharing: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -40,6 +40,7 @@ from lora_fx.passes.runtime import (
 from lora_fx.passes.stock_forward import rewrite, stock_home, trace_stock
 from lora_fx.passes.subclass import attach, constants
 from lora_fx.passes.switch import apply_trainability
+from lora_fx.passes.unsaved import buffer_prints
 from lora_fx.passes.wrapped import refuse_lazy
 from lora_fx.plans import Decision, Plan
 
@@ -168,6 +169,7 @@ def check_fit(model: nn.Module, plan: Plan, holders: Owners) -> None:
 
 def _new_record(model: nn.Module) -> Injected:
     record = Injected(AdapterState())
+    record.buffers = buffer_prints(model)
     record.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.__dict__[INJECTED] = record
     bind(model, record.state).root = True

@@ -117,7 +117,8 @@ class Binding:
 class Injected:
     """What an injected model keeps at its root.
 
-    ``ties`` holds, for each adapter, the qualified names of every weight that has several.
+    ``ties`` holds, for each adapter, the qualified names of every weight that has several; ``buffers``
+    tell whether the base's moved since the first inject.
     """
 
     state: AdapterState
@@ -130,6 +131,7 @@ class Injected:
     fingerprints: dict[str, tuple[Any, Fingerprint]] = field(
         default_factory=dict[str, "tuple[Any, Fingerprint]"]
     )
+    buffers: dict[str, Fingerprint] = field(default_factory=dict[str, "Fingerprint"])
     graph: fx.Graph | None = None
     probe: str = "not probed"
 

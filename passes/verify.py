@@ -29,6 +29,7 @@ from lora_fx.passes.sharded import refuse_fully_sharded
 from lora_fx.passes.slopes import outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, require, trained_names
 from lora_fx.passes.trace import trace
+from lora_fx.passes.unsaved import unsaved
 from lora_fx.reports import Comparison, Report
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,9 +90,14 @@ def _modes(model: nn.Module, notes: list[str]) -> Iterator[bool]:
 def _note_writes(model: nn.Module, inputs: Inputs, notes: list[str]) -> None:
     """Record one run, so that what the forward itself writes into is put back after each of the others."""
     try:
-        note_written(model, written_in(trace(model, inputs).graph))
+        graph = trace(model, inputs).graph
     except InputError as error:
         notes.append(f"{'train' if model.training else 'eval'}: not recorded ({error})")
+        return
+    note_written(model, written_in(graph))
+    moves = unsaved(model, graph)
+    if moves is not None:
+        notes.append(f"{'train' if model.training else 'eval'}: {moves}")
 
 
 def _cases(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,19 +38,19 @@ def test_a_forward_that_takes_gradients_itself() -> None:
     lora_fx.verify(model, x).raise_for_failure()
 
 
-WRITES: dict[str, Callable[[nn.Parameter, Tensor], Any]] = {
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "in place": lambda key, query: key.mul_(0.9).add_(query, alpha=0.1),
     "through data": lambda key, query: key.data.mul_(0.9).add_(query, alpha=0.1),
     "other memory": lambda key, query: setattr(key, "data", key.data * 0.9 + query * 0.1),
     "in place, then other memory": lambda key, query: setattr(key, "data", key.mul_(0.9) + query * 0.1),
-    "many at once": lambda key, query: torch._foreach_lerp_([key.data], [query], 0.1),
+    "many at once": lambda key, query: torch.ops.aten._foreach_lerp_.Scalar([key.data], [query], 0.1),
 }
 
 
 class Momentum(nn.Module):
     """In train mode its key weight follows its query weight, as MoCo's and BYOL's does."""
 
-    def __init__(self, write: Callable[[nn.Parameter, Tensor], Any]) -> None:
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.query, self.key, self.write = nn.Linear(6, 6), nn.Linear(6, 6), write
 
@@ -110,3 +112,41 @@ def test_copies_of_inputs_share_memory_as_the_inputs_do() -> None:
     assert not y[1:].any()
     assert x[1:].all()
     assert torch.equal(named["ids"][0], torch.arange(3))
+
+
+class Running(nn.Module):
+    """It subtracts a running mean that it moves in train mode, and keeps a count that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            self.count.add_(1)
+        return self.last(self.norm(self.first(x - self.mean)))
+
+
+def test_state_that_is_in_no_adapter_file_is_told_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, policy = torch.randn(4, 6), lora_fx.Policy(lora_fx.Rule(rank=2))
+    model = lora_fx.inject(Running().eval(), policy, x)
+    report = lora_fx.verify(model, x)
+    assert [n for n in report.notes if n.startswith("train: the forward itself writes into mean:")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_fx.save_adapter(model, tmp_path / "still.safetensors")
+    model.train()(x)
+    with pytest.warns(UserWarning, match="moved its own buffers mean: no adapter file holds"):
+        lora_fx.save_adapter(model, tmp_path / "moved.safetensors")
+
+
+def test_inject_tells_of_state_that_a_forward_in_train_mode_moves() -> None:
+    model, x = Running().train(), torch.randn(4, 6)
+    plan = lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    assert any("writes into mean:" in note for note in plan.notes)
+    with pytest.warns(UserWarning, match="writes into mean:"):
+        lora_fx.inject(model, plan, x)
