@@ -138,7 +138,8 @@ def _value_checks(
         return value_checks(base, pairs, mapping, weights, derived)
     changed = sorted(b.name or "" for b, o in pairs if not same_tensor(b.const_value, o.const_value))
     notes.append("which initializers should have changed is not known: no adapter was given")
-    detail = f"{len(changed)} of {len(pairs)} initializers differ: {', '.join(changed[:5])}"
+    detail = f"{len(changed)} of {len(pairs)} initializers differ" + ": " * bool(changed)
+    detail += ", ".join(changed[:5])
     return [Check("changed", ok=bool(changed), detail=detail, place="the weights", data={"changed": changed})]
 
 

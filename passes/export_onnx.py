@@ -17,6 +17,7 @@ from lora_fx.passes.onnx_export_job import ExportJob, ExportOptions
 from lora_fx.passes.onnx_inputs import split_inputs
 from lora_fx.passes.onnx_metadata import refuse_lost
 from lora_fx.passes.onnx_program import DynamicShapes
+from lora_fx.passes.onnx_refusals import refuse_onto
 from lora_fx.passes.onnx_subject import Inputs, Subject, subject_of
 from lora_fx.passes.sharded import refuse_fully_sharded
 
@@ -49,8 +50,8 @@ def export_onnx(  # noqa: PLR0913 - each is a choice of its own
 
     Raises:
         AdapterValueError: the adapter holds NaN or infinity, or the precision rounds a change away.
-        ExportError: the model cannot be translated.
-        BaseMismatchError: ``base`` is another model's file.
+        ExportError: the model cannot be translated, or ``path`` is ``base`` or its data.
+        BaseMismatchError: ``base`` is another model's file, or has an adapter folded in already.
         CertificateError: the proof failed; nothing was written to ``path``.
         ProviderError: certify was asked for and onnxruntime is not installed.
         WrappedModelError: the model is sharded by ``fully_shard``.
@@ -73,6 +74,8 @@ def export_subject(
     """Export what ``export_onnx`` exports, from the states of a model instead of an injected one."""
     job = ExportJob(subject, inputs, options)
     target = Path(path)
+    if base is not None:
+        refuse_onto(target, Path(base), "the base")
     if not subject.adapted:
         return job.export_base(target, prove=options.certify)
     refuse_lost(job.extents(), least=min_retained)

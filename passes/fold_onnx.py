@@ -26,6 +26,7 @@ from lora_fx.passes.onnx_files import DataFile, Draft
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_metadata import Extent, data_files, lossy_notes, write_folded
 from lora_fx.passes.onnx_patch import Patch, find_patches
+from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto, refuse_onto_data
 
 
 def fold_onnx(
@@ -45,14 +46,20 @@ def fold_onnx(
     file too. ``progress`` shows a bar.
 
     Raises:
-        ExportError: a weight lies in the base in a way that is not known, or an overlay is not possible.
-        BaseMismatchError: the adapter was made for another base.
+        ExportError: a weight lies in the base in a way that is not known, an overlay is not possible, or
+            ``out`` is the base, its data or the adapter.
+        BaseMismatchError: the adapter was made for another base, or one is folded into this file already.
         AdapterFileError: the adapter file cannot be read.
         CertificateError: the proof failed; nothing was written to ``out``.
     """
     base_path, target = Path(base_onnx), Path(out)
+    refuse_onto(target, base_path, "the base")
+    if isinstance(adapter, (str, Path)):
+        refuse_onto(target, Path(adapter), "the adapter")
     file = adapter if isinstance(adapter, AdapterFile) else AdapterFile.read(adapter)
     model = onnx_files.load(base_path)
+    refuse_folded(model, base_path)
+    refuse_onto_data(target, model, base_path.parent)
     mapping = base_map(model, file)
     check_base(model, mapping, file, base_path, base_check)
     patches = find_patches(model, mapping, adapter_weights(file)).require(str(base_path))

@@ -33,6 +33,7 @@ from lora_fx.passes.onnx_metadata import Extent, lossy_notes, read_map, write_ba
 from lora_fx.passes.onnx_parity import feeds_for
 from lora_fx.passes.onnx_patch import find_patches
 from lora_fx.passes.onnx_program import DynamicShapes, Program, program
+from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto_data
 from lora_fx.passes.onnx_runtime import Refused, open_pair
 from lora_fx.passes.onnx_state import cast_state, evaluating
 from lora_fx.passes.onnx_subject import Inputs, Subject
@@ -147,6 +148,8 @@ class ExportJob:
     def export_folded(self, base_path: Path, path: Path, *, prove: bool) -> Certificate:
         """Make the folded file from the base file."""
         base = onnx_files.load(base_path)
+        refuse_folded(base, base_path)
+        refuse_onto_data(path, base, base_path.parent)
         mapping = self.check_base(base, base_path)
         digest = canonical(base).digest
         folded = self.fold_into(base, mapping)

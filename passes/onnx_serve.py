@@ -21,6 +21,7 @@ from lora_fx.passes import onnx_files, onnx_session
 from lora_fx.passes.fold_onnx import check_base
 from lora_fx.passes.onnx_adapter import adapter_weights, base_map
 from lora_fx.passes.onnx_patch import Patch, find_patches
+from lora_fx.passes.onnx_refusals import refuse_folded
 from lora_fx.passes.onnx_tensors import from_torch, ort_value
 from lora_fx.providers import Runtime
 
@@ -58,13 +59,14 @@ def adapted_session(
 
     Raises:
         ExportError: a weight lies in the base in a way that is not known.
-        BaseMismatchError: the adapter was made for another base.
+        BaseMismatchError: the adapter was made for another base, or one is folded into this file already.
         AdapterFileError: the adapter file cannot be read.
         ProviderError: the provider asked for is not there.
     """
     file = adapter if isinstance(adapter, AdapterFile) else AdapterFile.read(adapter)
     status = path.stat()
     base = _read(path.resolve(), (status.st_size, status.st_mtime_ns))
+    refuse_folded(base.model, path)
     mapping = base_map(base.model, file)
     check_base(base.model, mapping, file, path, base_check)
     patches = find_patches(base.model, mapping, adapter_weights(file)).require(str(path))
