@@ -27,6 +27,7 @@ class _Findings:
     """What one pass over all initializers found."""
 
     changed: list[str] = field(default_factory=list[str])
+    scaled: int = 0
     idle: list[str] = field(default_factory=list[str])
     untouched: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     wrong: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -77,6 +78,7 @@ def _patched(patch: Patch, other: ir.Value, found: _Findings) -> None:
         return
     else:
         found.changed.append(patch.initializer)
+        found.scaled += any(step.recipe.scale is not None for step in patch.steps)
     if same_bits(now, wanted):
         return
     if now.shape == wanted.shape and not bool(now.isfinite().all()) and bool(wanted.isfinite().all()):
@@ -117,7 +119,10 @@ def _delta(found: _Findings) -> Check:
         initializer, detail = found.wrong[0]
         return Check("delta", ok=False, detail=detail, place=f"initializer {initializer!r}")
     bits = "bit for bit" if found.ulps == 0 else f"to {found.ulps:.2g} units in the last place"
-    detail = f"{len(found.changed)} changed initializers hold exactly W, {bits}"
+    held = "W"
+    if found.scaled:
+        held = f"what W becomes ({found.scaled} of them W scaled by a folded normalisation)"
+    detail = f"{len(found.changed)} changed initializers hold exactly {held}, {bits}"
     return Check("delta", ok=True, detail=detail, data={"ulps": found.ulps})
 
 

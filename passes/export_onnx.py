@@ -74,10 +74,10 @@ def export_subject(
     """Export what ``export_onnx`` exports, from the states of a model instead of an injected one."""
     job = ExportJob(subject, inputs, options)
     target = Path(path)
-    if base is not None:
-        refuse_onto(target, Path(base), "the base")
     if not subject.adapted:
         return job.export_base(target, prove=options.certify)
+    if base is not None:
+        refuse_onto(target, Path(base), "the base")
     refuse_lost(job.extents(), least=min_retained)
     with _base_path(base, target) as base_path:
         if not base_path.exists():

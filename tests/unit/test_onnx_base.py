@@ -73,6 +73,7 @@ def test_an_adapter_on_special_values_keeps_the_structure(tmp_path: Path) -> Non
     assert certificate.ok
     assert len(certificate["changed-set"].data["changed"]) == len(names)
     assert certificate["delta"].data["ulps"] == 0
+    assert certificate["delta"].detail.endswith("hold exactly W, bit for bit")
 
 
 def test_a_factor_that_the_runtime_drops_from_the_base_alone_is_no_equal_latency(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_certificate_holds_with_every_check(pair: tuple[Path, Path, Certificate]
     ]
     assert len(certificate["changed-set"].data["changed"]) == len(TARGETS)
     assert certificate["delta"].data["ulps"] == 0
+    said = "hold exactly what W becomes (1 of them W scaled by a folded normalisation), bit for bit"
+    assert certificate["delta"].detail == f"{len(TARGETS)} changed initializers {said}"
     assert Certificate.from_json(certificate.to_json()) == certificate
     assert "holds" in str(certificate)
 

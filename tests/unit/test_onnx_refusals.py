@@ -49,7 +49,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_nothing_is_folded_onto_what_it_is_made_from(files: Path, out: str) -> None:
     before = hashes(files)
     target = next(files.glob(out if out != "*.data" else "base.onnx.*.data"))
-    with pytest.raises(ExportError, match="out is .*Choose another path"):
+    with pytest.raises(ExportError, match=r"out is .*Choose another path"):
         lora_fx.fold_onnx(files / "base.onnx", files / "a.safetensors", target)
     assert hashes(files) == before
 
@@ -57,7 +57,7 @@ def test_nothing_is_folded_onto_what_it_is_made_from(files: Path, out: str) -> N
 @pytest.mark.parametrize("out", ["base.onnx", "link.onnx", "base.onnx.*.data"])
 def test_nothing_is_exported_onto_its_base(model: nn.Module, files: Path, out: str) -> None:
     before = hashes(files)
-    with pytest.raises(ExportError, match="out is .*Choose another path"):
+    with pytest.raises(ExportError, match=r"out is .*Choose another path"):
         lora_fx.export_onnx(model, next(files.glob(out)), X, base=files / "base.onnx")
     assert hashes(files) == before
 
