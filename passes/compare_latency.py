@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_fx.errors import InputError
 from lora_fx.latencies import Latency, Ratio
-from lora_fx.passes import onnx_files
+from lora_fx.passes import onnx_files, onnx_parity
 from lora_fx.passes.onnx_feeds import Feeds, random_feeds
 from lora_fx.passes.onnx_session import open_session
 from lora_fx.providers import Providers, choose, onnxruntime
@@ -53,6 +54,7 @@ def compare_latency(
 
     Raises:
         ExportError: a file is no ONNX model.
+        InputError: the files take other inputs than each other, or than ``inputs``.
         ProviderError: the provider asked for is not there.
     """
     for path in (base_onnx, folded_onnx):
@@ -60,9 +62,7 @@ def compare_latency(
     runtime = choose(providers)
     own_time = threads == 1 and runtime.first.startswith("CPU")
     clock = time.thread_time if own_time else time.perf_counter
-    feeds: Feeds | None = None
-    if inputs is not None:
-        feeds = {name: onnxruntime().OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
+    feeds = None if inputs is None else _given_feeds(inputs)
     times: list[NDArray[np.float64]] = []
     for index in range(sets):
         files = {0: base_onnx, 1: folded_onnx, 2: base_onnx}
@@ -70,8 +70,12 @@ def compare_latency(
             which: open_session(files[which], runtime, threads=threads)
             for which in sorted(files, key=lambda which: (which + index) % 3)
         }
+        if index == 0:
+            _refuse_other_inputs(made[0], Path(base_onnx).name, made[1], Path(folded_onnx).name)
         if feeds is None:
             feeds = random_feeds(made[0], seed=0)
+        if index == 0:
+            _refuse_misfit(made, feeds)
         runs = [_bound_run(made[which], feeds, runtime.first) for which in (0, 1, 2)]
         times.append(_interleave(runs, seconds / sets, min_rounds, _MOST_ROUNDS // sets, clock))
     everything = np.concatenate(times)
@@ -89,6 +93,77 @@ def compare_latency(
         batch=shapes,
         clock="CPU time of the thread" if own_time else "wall clock",
     )
+
+
+def _given_feeds(inputs: Mapping[str, NDArray[Any]]) -> Feeds:
+    """Return given arrays as the runtime's own values.
+
+    Raises:
+        InputError: one of them is no array of numbers.
+    """
+    feeds: dict[str, Any] = {}
+    for name, value in inputs.items():
+        try:
+            feeds[name] = onnxruntime().OrtValue.ortvalue_from_numpy(value)
+        except Exception as error:
+            raise InputError(
+                f"inputs[{name!r}]",
+                expected="a numpy array of numbers",
+                got=f"{type(value).__name__} ({error})",
+                advice="Pass what session.run takes.",
+            ) from error
+    return feeds
+
+
+def _refuse_other_inputs(base: Any, base_name: str, folded: Any, folded_name: str) -> None:
+    """Refuse two files that do not take the same inputs.
+
+    Raises:
+        InputError: their names, types or shapes differ.
+    """
+    if _declared(base) != _declared(folded):
+        raise InputError(
+            folded_name,
+            expected=f"the inputs of {base_name}: {_described(base)}",
+            got=_described(folded),
+            advice="Compare a file with the base that it was folded from.",
+        )
+
+
+def _refuse_misfit(sessions: Mapping[int, Any], feeds: Feeds) -> None:
+    """Run every session once, and refuse inputs that it does not take.
+
+    Raises:
+        InputError: the names are not the files' own, or the runtime refuses the values.
+    """
+    for session in sessions.values():
+        reason: Exception | None = None
+        if {item.name for item in session.get_inputs()} == set(feeds):
+            try:
+                onnx_parity.run(session, feeds)
+                continue
+            except onnx_parity.RuntimeFault as error:
+                reason = error
+        given = (f"{name} {value.data_type()}{list(value.shape())}" for name, value in feeds.items())
+        raise InputError(
+            "inputs",
+            expected=_described(session),
+            got=", ".join(given) or "none",
+            advice="Pass an array of this type and shape for each of these names.",
+        ) from reason
+
+
+def _declared(session: Any) -> list[tuple[str, str, list[int | None]]]:
+    """Return name, type and fixed dimensions of every input."""
+    return [
+        (item.name, item.type, [dim if isinstance(dim, int) else None for dim in item.shape])
+        for item in session.get_inputs()
+    ]
+
+
+def _described(session: Any) -> str:
+    items = (f"{i.name} {i.type}[{', '.join(map(str, i.shape))}]" for i in session.get_inputs())
+    return ", ".join(items) or "none"
 
 
 def _bound_run(session: Any, feeds: Feeds, provider: str) -> Run:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
+from lora_fx.cli import main
+from lora_fx.errors import InputError
 from lora_fx.latencies import Latency, Ratio
 from lora_fx.passes.compare_latency import compare_latency, ratio_of
 
@@ -62,3 +64,39 @@ def test_real_files(tmp_path: Path) -> None:
     assert 0.5 < found.ratio.value < 2
     assert found.ratio.low <= found.ratio.value <= found.ratio.high
     assert found.verdict in ("equal", "not resolved", "different")
+
+
+@pytest.fixture
+def softmax(tmp_path: Path) -> Path:
+    for name, value in (("a", "x"), ("b", "z")):
+        text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        main (float[B,64] {value}) => (float[B,64] y) {{ y = Softmax ({value}) }}
+        """
+        onnx.save(onnx.parser.parse_model(text), tmp_path / f"{name}.onnx")
+    return tmp_path
+
+
+def test_files_of_other_inputs_are_named(softmax: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(softmax / "a.onnx"), str(softmax / "b.onnx")]
+    assert main(["compare-latency", *files, "--seconds", "0.1", "--providers", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "b.onnx: expected the inputs of a.onnx: x tensor(float)[B, 64]; got z tensor(float)[B, 64]" in said
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        pytest.param({"foo": np.zeros((2, 64), np.float32)}, "got foo", id="name"),
+        pytest.param({}, "got none", id="nothing"),
+        pytest.param({"x": np.zeros((2, 63), np.float32)}, "got x tensor(float)[2, 63]", id="shape"),
+        pytest.param({"x": np.zeros((2, 64), np.float64)}, "got x tensor(double)[2, 64]", id="type"),
+        pytest.param({"x": [1.0]}, "a numpy array", id="no-array"),
+    ],
+)
+def test_wrong_inputs_are_named(softmax: Path, inputs: dict[str, object], got: str) -> None:
+    path = softmax / "a.onnx"
+    with pytest.raises(InputError, match="inputs") as caught:
+        compare_latency(path, path, inputs=inputs, seconds=0.1, providers="cpu")  # type: ignore[arg-type]
+    assert got in str(caught.value)
