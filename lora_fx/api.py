@@ -378,7 +378,7 @@ def verify(model: nn.Module, example_inputs: Any, *, adapter: str | None = None)
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
-        InputError: the example inputs cannot be read.
+        InputError: the example inputs cannot be read, or the model does not run on them.
     """
     found = read_examples(model, example_inputs)
     return verify_pass.verify(model, (found.args, found.kwargs), adapter)

@@ -53,6 +53,7 @@ def export_onnx(  # noqa: PLR0913 - each is a choice of its own
         ExportError: the model cannot be translated, or ``path`` is ``base`` or its data.
         BaseMismatchError: ``base`` is another model's file, or has an adapter folded in already.
         CertificateError: the proof failed; nothing was written to ``path``.
+        InputError: the model does not run on the example inputs.
         ProviderError: certify was asked for and onnxruntime is not installed.
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
@@ -74,10 +75,11 @@ def export_subject(
     """Export what ``export_onnx`` exports, from the states of a model instead of an injected one."""
     job = ExportJob(subject, inputs, options)
     target = Path(path)
+    if base is not None and subject.adapted:
+        refuse_onto(target, Path(base), "the base")
+    job.check_inputs()
     if not subject.adapted:
         return job.export_base(target, prove=options.certify)
-    if base is not None:
-        refuse_onto(target, Path(base), "the base")
     refuse_lost(job.extents(), least=min_retained)
     with _base_path(base, target) as base_path:
         if not base_path.exists():

@@ -23,6 +23,7 @@ from lora_fx.fingerprints import fingerprint
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
 from lora_fx.passes.certify_parity import FLOOR, parity_check
+from lora_fx.passes.examples import fresh
 from lora_fx.passes.onnx_base import make_base, make_graph
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_files import DataFile
@@ -37,6 +38,8 @@ from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto_data
 from lora_fx.passes.onnx_runtime import Refused, open_pair
 from lora_fx.passes.onnx_state import cast_state, evaluating
 from lora_fx.passes.onnx_subject import Inputs, Subject
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.trace import trace
 from lora_fx.providers import choose
 
 
@@ -97,6 +100,20 @@ class ExportJob:
         if dtype is None:
             return self.inputs
         return map_tensors(self.inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def check_inputs(self) -> None:
+        """Run the base once, before anything is translated or written.
+
+        Raises:
+            InputError: it does not run on the example inputs, in the file's precision or its own.
+        """
+        try:
+            with self.base() as model, preserved(model):
+                args, kwargs = fresh(self.cast_inputs())
+                model(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - whatever it is, recording the run says it better
+            with self.subject.base_state() as model, evaluating(model):
+                trace(model, self.inputs)
 
     @contextmanager
     def base(self) -> Generator[nn.Module]:

@@ -56,6 +56,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        InputError: the model does not run on the inputs.
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
     _, name = require(model, adapter)
@@ -71,6 +72,10 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
                 comparisons += found
                 if problem:
                     notes.append(problem)
+    if not comparisons:
+        # Where the inputs are to blame, recording the run says how.
+        with held_active(model, name), folded(model, name):
+            trace(model, inputs)
     return Report(tuple(comparisons), tuple(notes))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.cli import main
-from lora_fx.errors import BaseMismatchError, ExportError
+from lora_fx.errors import BaseMismatchError, ExportError, InputError
 from lora_fx.passes import onnx_files
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
@@ -93,3 +93,16 @@ def test_two_equal_files_are_said_to_be_equal_in_a_whole_sentence(files: Path) -
     check = lora_fx.certify(files / "base.onnx", files / "base.onnx")["changed"]
     assert not check.ok
     assert check.detail.endswith("initializers differ")
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+@pytest.mark.parametrize("base", ["base.onnx", "none.onnx"])
+def test_inputs_that_the_model_does_not_run_on(
+    model: nn.Module, files: Path, base: str, precision: str | None
+) -> None:
+    before = hashes(files)
+    with pytest.raises(InputError, match="RuntimeError in '0'"):
+        lora_fx.export_onnx(
+            model, files / "bad.onnx", torch.randn(2, 7), base=files / base, precision=precision
+        )
+    assert hashes(files) == before

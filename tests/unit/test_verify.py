@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.errors import InputError
 from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.verify import _gradients
 from tests.property.building import build
@@ -58,3 +59,12 @@ def test_a_sparse_input_is_left_as_it_is() -> None:
     report = lora_fx.verify(model, adjacency)
     assert report.ok
     assert {"eval, example inputs", "eval, other values"} <= {c.case for c in report.comparisons}
+
+
+def test_inputs_that_the_model_does_not_run_on_are_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), torch.randn(3, 4))
+    with pytest.raises(InputError, match="RuntimeError in '0'"):
+        lora_fx.verify(model, torch.randn(3, 5))
+    assert model.training
+    assert lora_fx.verify(model, torch.randn(3, 4)).ok
