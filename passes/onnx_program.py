@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import itertools
 import logging
@@ -22,6 +23,9 @@ from lora_fx.passes.onnx_canonical import all_nodes
 from lora_fx.passes.onnx_inputs import Axes, batch_size, dynamic_shapes_of, varying, with_batch, with_length
 from lora_fx.passes.onnx_subject import Inputs
 from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
+
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
+"""What torch says of an output that holds an object which is neither a tensor nor a known container."""
 
 _SAME_TYPES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -121,13 +125,30 @@ def program(
         except Exception as error:  # the exporter raises many classes  # noqa: BLE001
             last = error
             notes.append(f"not exported with {attempt.name}: {reason(error)}")
+    got = reason(last) if last is not None else "nothing to try"
+    unknown = _UNKNOWN_OUTPUT.search(got)
+    if unknown is not None:
+        raise _holds(model, unknown.group(1).rpartition(".")[2]) from last
     raise ExportError(
         type(model).__name__,
         expected="a model that torch.onnx.export can translate",
-        got=reason(last) if last is not None else "nothing to try",
+        got=got.rstrip("."),
         advice="The model itself is at fault or torch.onnx.export lacks an operator; "
         "torch.onnx.export(model, inputs, dynamo=True, report=True) writes a full report.",
     ) from last
+
+
+def _holds(model: nn.Module, kind: str) -> ExportError:
+    """Return the error of a model whose output holds, beside tensors, an object of another kind."""
+    advice = "Pass example inputs with which it returns tensors alone"
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        advice += ': with a cache in its outputs, add "use_cache": False to them'
+    return ExportError(
+        type(model).__name__,
+        expected="a model that returns tensors, or containers of them",
+        got=f"a {kind} in its output, which torch.export does not know",
+        advice=f"{advice}, or wrap it in a module whose forward returns the tensors you need.",
+    )
 
 
 @dataclass(frozen=True)

@@ -170,3 +170,28 @@ def test_export_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert [module.training for module in (model, model.bn, model.head)] == [True, False, True]
     assert [id(parameter) for parameter in model.parameters()] == objects
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+class Remembers(nn.Module):
+    """Returns an object that is no tensor and no container that torch knows, unless told not to."""
+
+    class Memory:
+        def __init__(self, held: torch.Tensor) -> None:
+            self.held = held
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, use_cache: bool = True) -> object:
+        made = self.layer(x)
+        return {"logits": made, "past": self.Memory(made)} if use_cache else {"logits": made}
+
+
+def test_a_cache_in_the_outputs_is_named(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    text = r'Remembers: expected .*; got a Memory in its output, .*add "use_cache": False'
+    with pytest.raises(ExportError, match=text):
+        export_onnx(Remembers(), tmp_path / "base.onnx", {"x": x})
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(Remembers(), tmp_path / "base.onnx", {"x": x, "use_cache": False}).ok
