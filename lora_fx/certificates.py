@@ -140,10 +140,18 @@ class Certificate:
                 advice="Pass the text of a saved certificate.",
             ) from error
 
+    def _subject(self) -> str:
+        """Say what was examined: a base's own export, or a pair of files."""
+        if self.base == self.folded and {check.name for check in self.checks} <= {"parity", "runtime"}:
+            return f"Export of {self.folded}"
+        pair = f"Certificate of {self.folded} against {self.base}"
+        # The check that lists what differs, where there is no adapter that says what should.
+        return f"{pair}, no adapter given" if "changed" in self else pair
+
     def table(self) -> Table:
         """Return the certificate as a rich table."""
         verdict = "[bold green]holds[/]" if self.ok else "[bold red]FAILS[/]"
-        table = Table(title=f"Certificate of {self.folded} against {self.base}: {verdict}")
+        table = Table(title=f"{self._subject()}: {verdict}")
         table.add_column("check", no_wrap=True)
         table.add_column("")
         table.add_column("found")

@@ -15,7 +15,9 @@ class LoraFxError(Exception):
         self.expected = expected
         self.got = got
         self.advice = advice
-        super().__init__(f"{where}: expected {expected}; got {got}. {advice}")
+        # What others said may end its own sentence.
+        end = "" if got.endswith((".", "?", "!")) else "."
+        super().__init__(f"{where}: expected {expected}; got {got}{end} {advice}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by the four parts, so that the error survives a process boundary."""

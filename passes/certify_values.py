@@ -102,7 +102,7 @@ def _changed_set(patches: Patches, found: _Findings, total: int, weights: Weight
         detail = f"holds {owner}, which the adapter changes, and is as in the base"
         return Check(name, ok=False, detail=detail, place=f"initializer {initializer!r}", data=data)
     if not found.changed and not found.derived:
-        detail = "the adapter changes no weight: is it trained?"
+        detail = "it changes no weight: train it first"
         return Check(name, ok=False, detail=detail, place="the adapter", data=data)
     detail = f"{len(found.changed)} of {total} initializers changed, for {len(weights.names)} weights"
     if found.derived:

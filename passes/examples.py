@@ -107,7 +107,8 @@ def _memory(tensor: Tensor) -> int:
 
 def _copied(sharing: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (tensor, its copy) of tensors that lie in the same memory."""
-    storage = sharing[0].untyped_storage().clone() if len(sharing) > 1 else None
+    storage: Any = sharing[0].untyped_storage() if len(sharing) > 1 else None
+    storage = None if storage is None else storage.clone()
     for tensor in sharing:
         made = tensor.detach()
         if storage is None:

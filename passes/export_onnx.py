@@ -82,9 +82,13 @@ def export_subject(
         return job.export_base(target, prove=options.certify)
     refuse_lost(job.extents(), least=min_retained)
     with _base_path(base, target) as base_path:
-        if not base_path.exists():
+        made = not base_path.exists()
+        if made:
             job.export_base(base_path, prove=False)
-        return job.export_folded(base_path, target, prove=options.certify)
+        certificate = job.export_folded(base_path, target, prove=options.certify)
+    if made and base is not None:
+        return certificate.noted(f"{base_path.name} was not there: it was exported first, and kept")
+    return certificate
 
 
 def _dtype(precision: str | None) -> torch.dtype | None:

@@ -132,7 +132,7 @@ def program(
     raise ExportError(
         type(model).__name__,
         expected="a model that torch.onnx.export can translate",
-        got=got.rstrip("."),
+        got=got,
         advice="The model itself is at fault or torch.onnx.export lacks an operator; "
         "torch.onnx.export(model, inputs, dynamo=True, report=True) writes a full report.",
     ) from last
@@ -318,7 +318,7 @@ def reason(error: Exception) -> str:
     while inner.__cause__ is not None:
         inner = inner.__cause__
     text = str(inner).strip().splitlines()
-    return f"{type(inner).__name__}: {text[0] if text else ''}"
+    return f"{type(inner).__name__}: {text[0]}" if text else type(inner).__name__
 
 
 @contextlib.contextmanager

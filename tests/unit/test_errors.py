@@ -365,3 +365,10 @@ def test_a_delta_that_half_precision_rounds_away_is_refused_and_a_lossy_one_warn
         lora_fx.fold(subject, min_retained=0)
     with pytest.warns(UserWarning, match="folding keeps"):
         lora_fx.fold(injected(0.05))
+
+
+@pytest.mark.parametrize(("got", "said"), [("two", "two. Pass"), ("no!", "no! Pass"), ("why?", "why? Pass")])
+def test_a_sentence_ends_once(got: str, said: str) -> None:
+    error = lora_fx.LoraFxError("it", expected="one", got=got, advice="Pass one.")
+    assert str(error) == f"it: expected one; got {said} one."
+    assert error.got == got

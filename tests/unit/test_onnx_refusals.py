@@ -11,8 +11,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.cli import main
-from lora_fx.errors import BaseMismatchError, ExportError, InputError
+from lora_fx.errors import BaseMismatchError, CertificateError, ExportError, InputError
 from lora_fx.passes import onnx_files
+from lora_fx.passes.onnx_program import reason
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
@@ -93,6 +94,34 @@ def test_two_equal_files_are_said_to_be_equal_in_a_whole_sentence(files: Path) -
     check = lora_fx.certify(files / "base.onnx", files / "base.onnx")["changed"]
     assert not check.ok
     assert check.detail.endswith("initializers differ")
+
+
+def test_a_certificate_says_of_what_it_is(model: nn.Module, files: Path, tmp_path: Path) -> None:
+    made = lora_fx.certify(files / "base.onnx", files / "folded.onnx")
+    assert "Certificate of folded.onnx against base.onnx, no adapter given: holds" in str(made)
+    made = lora_fx.certify(files / "base.onnx", files / "folded.onnx", adapter=files / "a.safetensors")
+    assert "Certificate of folded.onnx against base.onnx: holds" in str(made)
+    with lora_fx.disable_adapter(model):
+        made = lora_fx.export_onnx(model, tmp_path / "own.onnx", X)
+    assert "Export of own.onnx: holds" in str(made)
+
+
+def test_a_base_that_is_made_on_the_way_is_noted(model: nn.Module, tmp_path: Path) -> None:
+    for there in (False, True):
+        made = lora_fx.export_onnx(model, tmp_path / "task.onnx", X, base=tmp_path / "base.onnx")
+        assert any("base.onnx was not there" in note for note in made.notes) is not there
+
+
+def test_an_adapter_that_was_never_trained(files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    lora_fx.inject(fresh, lora_fx.Policy(lora_fx.Rule(rank=2)), X)
+    with pytest.raises(CertificateError, match=r"got it changes no weight: train it first\. Do"):
+        lora_fx.export_onnx(fresh, tmp_path / "task.onnx", X, base=files / "base.onnx")
+
+
+def test_an_exporters_error_without_words() -> None:
+    assert reason(KeyError()) == "KeyError"
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16"])
