@@ -126,14 +126,18 @@ def parameters(
     """Return what an adapter trains (None: the active one), for an optimiser.
 
     With ``lr_ratio`` as two parameter groups, B learning ``lr_ratio`` times as fast as the rest (LoRA+,
-    Hayou et al. 2024).
+    Hayou et al. 2024). A warning says where the adapter was loaded for inference: nothing of it is trained.
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
         WrappedModelError: a frozen normalisation was replaced by a synchronised one.
     """
-    _, name = switch.require(model, adapter)
+    record, name = switch.require(model, adapter)
     refuse_converted(model)
+    if not record.trainable.get(name, False):
+        note = f"The adapter {name!r} was loaded for inference: its parameters get no gradient"
+        advice = "Load it with load_adapter(..., trainable=True) to train it on."
+        warnings.warn(f"{note}. {advice}", UserWarning, stacklevel=2)
     slow, fast = switch.trained_parameters(model, name)
     if lr_ratio is None:
         return [*slow, *fast]

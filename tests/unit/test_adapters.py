@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,18 @@ def test_the_audit_of_a_trained_model_file_and_plan(tmp_path: Path) -> None:
         assert rows["head.weight"].action == "skip"
     with pytest.raises(lora_fx.AdapterNameError):
         lora_fx.audit(convs())
+
+
+def test_an_adapter_loaded_for_inference_says_that_it_is_not_trained(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(convs(), Policy(Rule(rank=2)), X), path)
+    with pytest.warns(UserWarning, match=r"'default' was loaded for inference.*trainable=True") as warned:
+        held = lora_fx.parameters(lora_fx.load_adapter(convs(), path))
+    assert warned[0].filename == __file__
+    assert not any(p.requires_grad for p in held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lora_fx.load_adapter(convs(), path, trainable=True)
+        assert all(p.requires_grad for p in lora_fx.parameters(model))
+        lora_fx.inject(model, Policy(Rule(rank=1)), X, adapter="inactive")
+        assert lora_fx.parameters(model, "inactive")
