@@ -10,7 +10,9 @@ Tensors are named after the base weight that they change::
     <buffer>/buffer                         running statistics that moved, in their own shape
 
 The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
-``fingerprints`` (base weight -> shape, dtype, SHA-256) and ``deltas`` (weight -> |W - W0| / |W0|).
+``fingerprints`` (base weight -> shape, dtype, SHA-256), ``deltas`` (weight -> |W - W0| / |W0|) and
+``checksum``: the SHA-256 of the JSON object, keys sorted, of every tensor's shape, dtype and SHA-256. It is
+checked at each reading; a file without it is read all the same.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchError
 from lora_fx.files import atomic_write
-from lora_fx.fingerprints import BaseCheck, Fingerprint, differs
+from lora_fx.fingerprints import BaseCheck, Fingerprint, checksum, differs
 from lora_fx.kinds.base import LivePart, LiveParts, since_start
 from lora_fx.kinds.effective import effective_band, effective_weight
 from lora_fx.matrix import MatrixForm, row_count
@@ -62,14 +64,15 @@ class AdapterFile:
                 got=f"{len(empty)} tensors on the meta device",
                 advice="Materialise the model first; save an adapter before its model is offloaded.",
             )
+        tensors = {k: t.detach().to("cpu").contiguous() for k, t in self.tensors.items()}
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "plan": self.plan.to_json(),
             "fingerprints": json.dumps({k: f.to_json() for k, f in self.fingerprints.items()}),
             "deltas": json.dumps(dict(self.deltas)),
+            "checksum": checksum(tensors),
         }
-        tensors = {k: t.detach().to("cpu").contiguous() for k, t in self.tensors.items()}
         atomic_write(Path(path), safetensors.torch.save(tensors, metadata))
 
     @classmethod
@@ -86,6 +89,8 @@ class AdapterFile:
         version = metadata.get("format_version")
         if version != str(FORMAT_VERSION):
             raise _bad(path, f"format_version {version}", "Read it with the lora_fx that wrote it.")
+        if metadata.get("checksum") not in (None, checksum(tensors)):
+            raise _bad(path, "tensors that differ from the file's checksum", "Copy or save it again.")
         try:
             prints = json.loads(metadata["fingerprints"])
             fingerprints = {k: Fingerprint.from_json(v) for k, v in prints.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +54,12 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     for part in (held,) if not shape or not len(held) else torch.split(held, step):
         digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return Fingerprint(shape, dtype_name(tensor), digest.hexdigest())
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes, dtypes and values of tensors, in the order of their names."""
+    described = {key: fingerprint(tensor).to_json() for key, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def differs(weight: Tensor, stored: Fingerprint, check: BaseCheck) -> str | None:

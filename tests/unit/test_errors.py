@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_fx
@@ -120,6 +122,30 @@ def test_values_check_takes_the_base_in_another_precision(tmp_path: Path) -> Non
     lora_fx.load_adapter(model(0), path, base_check="values")
     with pytest.raises(lora_fx.BaseMismatchError, match="other values"):
         lora_fx.load_adapter(model(1), path, base_check="values")
+
+
+def test_one_flipped_bit_of_the_data_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2)), X), path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x40
+    path.write_bytes(data)
+    subject = model()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.AdapterFileError, match=r"a\.safetensors.*differ from the file's checksum"):
+        lora_fx.load_adapter(subject, path)
+    watch.check()
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2)), X), path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert len(metadata.pop("checksum")) == 64
+    save_file(tensors, path, metadata)
+    assert lora_fx.load_adapter(model(), path)[0].weight.shape == (8, 6)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
