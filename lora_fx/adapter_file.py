@@ -55,7 +55,11 @@ class AdapterFile:
 
         Raises:
             AdapterValueError: the tensors are on the meta device and have no values.
+            AdapterFileError: the path is a folder's.
         """
+        if Path(path).is_dir():
+            advice = 'Name a file in it; format="peft" writes a folder.'
+            raise AdapterFileError(str(path), expected="a file's path", got="a folder", advice=advice)
         empty = [key for key, tensor in self.tensors.items() if tensor.device.type == "meta"]
         if empty:
             raise AdapterValueError(

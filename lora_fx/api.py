@@ -35,7 +35,7 @@ from lora_fx.passes.unsaved import moved_buffers, unsaved, unsaved_text
 from lora_fx.passes.wrapped import refuse_lazy, refuse_parts, refuse_wrapped
 from lora_fx.planning import make_plan
 from lora_fx.plans import Extra, Plan
-from lora_fx.policy import Policy
+from lora_fx.policy import Policy, checked_policy
 from lora_fx.reports import Report
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def plan(model_or_trace: Model | ExportedProgram, policy: Policy, example_inputs
 
     Raises:
         InputError: the model does not run on the example inputs.
-        PolicyError: a rule matches nothing, or needs a trace where there are no example inputs.
+        PolicyError: a rule matches nothing, or needs a trace where there are no example inputs; or the
+            policy is none.
     """
     return _plan(_source(model_or_trace), policy, example_inputs)[0]
 
@@ -178,6 +179,7 @@ def save_adapter(
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        AdapterFileError: the path is a folder's, and the format is not peft's.
         PeftFormatError: the adapter holds what peft's format cannot; it is named.
     """
     file = adapter_io.collect(model, adapter)
@@ -298,7 +300,7 @@ def _shows_adapters(source: Trace) -> bool:
 
 
 def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Trace | None]:
-    model = _module(source)
+    model, policy = _module(source), checked_policy(policy)
     refuse_lazy(model)
     refuse_parts(model)
     traced = _trace_of(source, example_inputs)

@@ -10,14 +10,15 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file so that a reader sees the old content or all of the new, never a part.
 
-    The data goes to a temporary name in the same folder, reaches the disk, and is then renamed over
-    ``path``; text is written as UTF-8. If anything fails, the temporary file is removed and ``path``
-    is as it was.
+    The folder is made where it is not there. The data goes to a temporary name in it, reaches the disk,
+    and is then renamed over ``path``; text is written as UTF-8. If anything fails, the temporary file is
+    removed and ``path`` is as it was.
 
     Raises:
-        OSError: the folder does not exist or cannot be written to.
+        OSError: the folder cannot be made or written to.
     """
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
     # Opened like any new file, so that it gets the permissions that a new file gets here.

@@ -221,7 +221,13 @@ class Plan:
         return diff_plans(self, other)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            PlanError: the path is a folder's.
+        """
+        if Path(path).is_dir():
+            raise PlanError(str(path), expected="a file's path", got="a folder", advice="Name a file in it.")
         atomic_write(path, self.to_json())
 
     @classmethod

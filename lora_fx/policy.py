@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lora_fx.budgets import parse_budget
+from lora_fx.errors import PolicyError
 from lora_fx.peft_config import policy_data
 from lora_fx.rules import (
     AnyRule,
@@ -150,3 +151,19 @@ class Policy:
     def convs(cls, rank: int = 8) -> Policy:
         """Adapt every convolution, transposed ones too (LoCon)."""
         return cls(Rule(kind="conv*", rank=rank))
+
+
+def checked_policy(given: object) -> Policy:
+    """Return what was given as a policy, if it is one.
+
+    Raises:
+        PolicyError: it is not; how to make one of it is said.
+    """
+    if isinstance(given, Policy):
+        return given
+    raise PolicyError(
+        "the policy",
+        expected="a Policy, or for inject a Plan",
+        got=given.describe() if isinstance(given, Filters) else repr(given),
+        advice="Wrap rules in Policy(...); Policy.from_peft reads peft's configurations.",
+    )

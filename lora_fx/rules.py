@@ -17,6 +17,17 @@ from lora_fx.sites import ROLES, Site
 Names = str | tuple[str, ...] | None
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+_PEFT_TERMS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "module",
+    "layers_to_transform": "depth",
+    "init_lora_weights": "init",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
+"""peft's words for options and filters, for the advice to who comes from there."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +275,10 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
     for key in given:
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, n=1)
-            raise PolicyError(
-                where,
-                expected="keys of " + ", ".join(valid),
-                got=repr(key),
-                advice=f"Did you mean {near[0]!r}?" if near else "Remove it.",
-            )
+            advice = f"Did you mean {near[0]!r}?" if near else "Remove it."
+            if (term := _PEFT_TERMS.get(key)) in valid:
+                advice = f"peft's {key} is {term}= here."
+            raise PolicyError(where, expected="keys of " + ", ".join(valid), got=repr(key), advice=advice)
 
 
 def choices(value: Names | Iterable[str]) -> tuple[str, ...]:

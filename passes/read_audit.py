@@ -21,7 +21,7 @@ def audit(target: nn.Module | Plan | str | Path) -> Audit:
 
     Raises:
         AdapterNameError: a model without adapters.
-        AdapterFileError: a file that carries no plan.
+        AdapterFileError: a file that is not there, or carries no plan.
         PeftFormatError: a peft folder that cannot be read, or not without its model.
     """
     if isinstance(target, Plan):
@@ -47,6 +47,10 @@ def _of_onnx(path: Path) -> Audit:
     from lora_fx.passes.onnx_files import load
     from lora_fx.passes.onnx_metadata import PLAN_KEY, read_changes
 
+    if not path.is_file():
+        raise AdapterFileError(
+            str(path), expected="an ONNX file", got="no such file", advice="Check the path."
+        )
     metadata = load(path).metadata_props
     if PLAN_KEY not in metadata:
         raise AdapterFileError(

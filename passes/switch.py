@@ -54,6 +54,13 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
     """
     record = record_of(model)
     name = adapter if adapter is not None else record.state.active
+    if not isinstance(name, str | None):
+        raise AdapterNameError(
+            "the adapter",
+            expected=f"the name of one of {sorted(record.plans)}",
+            got=repr(name),
+            advice="One adapter is active at a time: pass the name of one only, as text.",
+        )
     if name is None or name not in record.plans:
         raise AdapterNameError(
             f"adapter {adapter!r}",

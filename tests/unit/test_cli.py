@@ -61,6 +61,14 @@ def test_audit_prints_a_table_or_json(files, name, capsys):
     assert adapted["delta"] > 0
 
 
+@pytest.mark.parametrize("name", ["none.onnx", "none.safetensors"])
+def test_audit_of_no_file_says_so(name, tmp_path, capsys):
+    assert main(["audit", str(tmp_path / name)]) == 2
+    assert f"{name}: expected" in (said := capsys.readouterr().err)
+    assert "got no such file" in said
+    assert "Errno" not in said
+
+
 @pytest.mark.parametrize(
     ("name", "config", "kinds"),
     [

@@ -65,6 +65,8 @@ BAD_CALLS: dict[str, tuple[type[Exception], Callable[[nn.Module], Any]]] = {
     "rank 0": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(rank=0)), X)),
     "rank 1.5": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(Rule(rank=1.5)), X)),
     "no rules": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Policy(), X)),
+    "a rule for a policy": (lora_fx.PolicyError, lambda m: lora_fx.inject(m, Rule(rank=2), X)),
+    "a dict for a policy": (lora_fx.PolicyError, lambda m: lora_fx.plan(m, {"r": 8}, X)),
     "no adapters to switch": (lora_fx.AdapterNameError, lambda m: lora_fx.set_adapter(m, "default")),
     "no adapters to unload": (lora_fx.AdapterNameError, lora_fx.unload),
     "no adapters to fold": (lora_fx.AdapterNameError, lora_fx.fold),
@@ -87,6 +89,28 @@ def test_bad_calls_raise_and_leave_the_model(case: str) -> None:
     assert isinstance(caught.value, lora_fx.LoraFxError)
     assert caught.value.advice
     watch.check()
+
+
+def test_a_rule_alone_is_to_be_wrapped_in_a_policy() -> None:
+    with pytest.raises(lora_fx.PolicyError, match=r"got Rule\(rank=2\)\. Wrap rules in Policy"):
+        lora_fx.inject(model(), Rule(rank=2), X)
+
+
+def test_two_adapters_at_once_are_refused() -> None:
+    subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
+    lora_fx.inject(subject, Policy(Rule(rank=1)), X, adapter="second")
+    with pytest.raises(lora_fx.AdapterNameError, match="of one only"):
+        lora_fx.set_adapter(subject, ["default", "second"])
+
+
+def test_a_folder_that_is_missing_is_made_and_one_in_the_files_place_is_refused(tmp_path: Path) -> None:
+    subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
+    lora_fx.save_adapter(subject, tmp_path / "no" / "dir" / "a.safetensors")
+    assert isinstance(lora_fx.load_adapter(model(), tmp_path / "no" / "dir" / "a.safetensors"), nn.Module)
+    with pytest.raises(lora_fx.AdapterFileError, match="got a folder"):
+        lora_fx.save_adapter(subject, tmp_path / "no")
+    with pytest.raises(lora_fx.PlanError, match="got a folder"):
+        lora_fx.plan(model(), Policy(Rule(rank=2)), X).save(tmp_path / "no")
 
 
 def test_nearest_candidates_are_named() -> None:

@@ -49,6 +49,6 @@ def test_permissions_are_those_of_the_old_file_or_of_any_new_one(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        atomic_write(tmp_path / "no" / "a", "x")
+def test_a_missing_folder_is_made(tmp_path):
+    atomic_write(tmp_path / "no" / "such" / "a", "x")
+    assert (tmp_path / "no" / "such" / "a").read_text() == "x"

@@ -126,6 +126,27 @@ def test_values_that_cannot_be_are_refused(values):
         Rule(**values)
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "term"),
+    [
+        ("r", 8, "rank"),
+        ("lora_alpha", 16, "alpha"),
+        ("lora_dropout", 0.1, "dropout"),
+        ("target_modules", ["q"], "module"),
+        ("use_rslora", True, "rslora"),
+        ("use_dora", True, "dora"),
+    ],
+)
+def test_the_words_of_peft_are_translated(word, value, term):
+    with pytest.raises(PolicyError, match=rf"keys of .*{term}.*got '{word}'. peft's {word} is {term}= here"):
+        Rule(**{word: value})
+
+
+def test_what_skip_has_no_word_for_is_not_translated():
+    with pytest.raises(PolicyError, match=r"got 'r'. Remove it"):
+        Skip(r=8)
+
+
 def test_an_unknown_filter_names_the_valid_ones():
     with pytest.raises(
         PolicyError, match=r"keys of name, module, kind.*rank.*got 'modul'. Did you mean 'module'"
