@@ -88,7 +88,7 @@ def inject(
         InputError, PolicyError: as ``plan``.
         PlanError: the plan does not fit the model.
         AdapterNameError: there is an adapter of this name.
-        WrappedModelError: the model is already wrapped for DDP, FSDP or tensor parallelism.
+        WrappedModelError: the model is already wrapped for DDP, FSDP or tensor parallelism, or by peft.
         ProbeError: an adapter has no effect, or another than its delta. The model is left as it was.
     """
     source = _source(model_or_trace)

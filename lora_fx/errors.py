@@ -45,7 +45,7 @@ class PlanError(LoraFxError):
 
 
 class WrappedModelError(LoraFxError):
-    """The model is already wrapped for DDP, FSDP or tensor parallelism."""
+    """The model is already wrapped for DDP, FSDP or tensor parallelism, or by peft."""
 
 
 class AdapterNameError(LoraFxError):

@@ -1,4 +1,4 @@
-"""Refuse models that cannot take adapters: already wrapped for parallelism, or not initialised."""
+"""Refuse models that cannot take adapters: already wrapped, adapted by peft, or not initialised."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 _FIRST = "Inject first, then wrap: gradients of adapters that are added later are not synchronised."
 _COMPILED = "Inject into its _orig_mod, or before torch.compile; the compiled model then sees the adapters."
 _INSIDE = "Inject first, then wrap: names that a wrapper changes would fit no other model."
+_PEFT = (
+    "Take peft's adapters off first: unload(), or merge_and_unload() to keep what they learned. A folder that"
+    " peft saved is read into the plain model by lora_fx.load_adapter(model, folder)."
+)
 _OFFLOADED = "Inject before dispatching: offloaded weights are in the model only while it runs."
 
 
@@ -55,10 +59,13 @@ def refuse_parts(model: nn.Module) -> None:
     """Raise if a part of the model has adapters of its own, or shares those of what it is a part of.
 
     Raises:
+        WrappedModelError: the model is a PeftModel, or has peft's layers.
         PlanError: adapters were injected into a part of the model, or into a whole that it is part of.
     """
     record = injected(model)
     for path, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise _refusal(path or "the model", f"peft's {type(module).__name__}", _PEFT)
         held = binding(module)
         if held is not None and (record is None or held.state is not record.state):
             raise PlanError(

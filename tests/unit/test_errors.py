@@ -96,6 +96,16 @@ def test_a_rule_alone_is_to_be_wrapped_in_a_policy() -> None:
         lora_fx.inject(model(), Rule(rank=2), X)
 
 
+@pytest.mark.parametrize("call", [lora_fx.plan, lora_fx.inject])
+def test_a_layer_of_peft_is_refused(call: Callable[..., Any]) -> None:
+    theirs = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    subject = nn.Sequential(nn.Linear(6, 6), theirs(6, 4))
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.WrappedModelError, match=r"1: .*peft's Linear.*merge_and_unload"):
+        call(subject, Policy(Rule(rank=2)), X)
+    watch.check()
+
+
 def test_two_adapters_at_once_are_refused() -> None:
     subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
     lora_fx.inject(subject, Policy(Rule(rank=1)), X, adapter="second")
