@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 
 from torch import fx, nn
 
@@ -35,6 +36,6 @@ def show_forward(module: nn.Module) -> str:
 
 def _source(cls: type[nn.Module]) -> str:
     try:
-        return inspect.cleandoc(inspect.getsource(cls.forward))
+        return textwrap.dedent(inspect.getsource(cls.forward)).strip()
     except (OSError, TypeError):
         return "# (its source is not to be had)"

@@ -17,6 +17,20 @@ def test_before_and_after_of_a_linear() -> None:
     assert "adapted_linear(input_1, weight__w0, bias, lora = weight__lora)" in after
 
 
+def test_the_source_keeps_its_indentation() -> None:
+    class Gated(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.dim() > 1:
+                return super().forward(x)
+            return x
+
+    lines = show_forward(Gated(4, 4)).splitlines()
+    assert lines[1].startswith("def forward(self")
+    assert lines[2:] == ["    if x.dim() > 1:", "        return super().forward(x)", "    return x"]
+    model = lora_fx.inject(nn.Sequential(Gated(4, 4)), RULE, torch.randn(2, 4))
+    assert lines[2:] == show_forward(model[0]).splitlines()[2:5]
+
+
 def test_before_and_after_of_a_graph_module() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
