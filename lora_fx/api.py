@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.diffs import refuse_misfit
 from lora_fx.errors import PolicyError
 from lora_fx.fingerprints import BaseCheck, dtype_name
+from lora_fx.notices import warn_user
 from lora_fx.passes import adapter_io, peft_io, remove, switch
 from lora_fx.passes import fold as fold_pass
 from lora_fx.passes import insert as insert_pass
@@ -138,7 +138,7 @@ def parameters(
     if not record.trainable.get(name, False):
         note = f"The adapter {name!r} was loaded for inference: its parameters get no gradient"
         advice = "Load it with load_adapter(..., trainable=True) to train it on."
-        warnings.warn(f"{note}. {advice}", UserWarning, stacklevel=2)
+        warn_user(f"{note}. {advice}")
     slow, fast = switch.trained_parameters(model, name)
     if lr_ratio is None:
         return [*slow, *fast]
@@ -191,7 +191,7 @@ def save_adapter(
             written.write(target)
             if moved:
                 text = unsaved_text(moved, "since inject the model moved its own buffers")
-                warnings.warn(f"lora_fx: {text}.", UserWarning, stacklevel=2)
+                warn_user(f"{text}.")
 
 
 def load_adapter(
@@ -366,14 +366,14 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
         note_written(model, written_in(traced.graph))
         moves = unsaved(model, traced.graph)
         if moves is not None:
-            warnings.warn(f"lora_fx: {moves}.", UserWarning, stacklevel=3)
+            warn_user(f"{moves}.")
         result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:
             silent = ", ".join(result.without_effect[:3])
             note = f"{len(result.without_effect)} weights get no gradient on the example inputs: {silent}"
             known.probe += f"; {note}"
-            warnings.warn(f"{note}. The base gives them none either.", UserWarning, stacklevel=3)
+            warn_user(f"{note}. The base gives them none either.")
 
 
 def verify(model: nn.Module, example_inputs: Any, *, adapter: str | None = None) -> Report:

@@ -87,9 +87,8 @@ class Latency:
         table.add_row("base", f"{self.base_seconds * 1e3:.3f}", "")
         table.add_row("folded", f"{self.folded_seconds * 1e3:.3f}", str(self.ratio))
         table.add_row("base again (control)", "", str(self.control))
-        table.caption = (
-            f"{self.rounds} rounds, {self.provider}, {self.threads} thread(s), {self.clock}; {self.batch}"
-        )
+        threads = f"{self.threads} thread" + ("s" if self.threads != 1 else "")
+        table.caption = f"{self.rounds} rounds, {self.provider}, {threads}, {self.clock}; {self.batch}"
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

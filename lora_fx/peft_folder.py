@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lora_fx.adapter_file import AdapterFile, tensor_key
 from lora_fx.errors import PeftFormatError
+from lora_fx.notices import warn_user
 from lora_fx.peft_export import Slot, scales_as_rslora, slots_of, written_alpha
 from lora_fx.peft_files import PREFIX, PeftFolder
 from lora_fx.peft_layers import BASE, Layout, wrapped_path
@@ -191,11 +191,9 @@ def _dropout(slots: Sequence[Slot], *, targeted: bool) -> float:
     values = Counter(slot.dropout for slot in slots)
     common = 0.0 if targeted else values.most_common(1)[0][0]
     if set(values) != {common}:
-        warnings.warn(
+        warn_user(
             f"peft has one lora_dropout for all layers: {common:g} is written, in training others had "
-            f"{sorted(set(values) - {common})}; what the adapter computes is the same",
-            UserWarning,
-            stacklevel=5,
+            f"{sorted(set(values) - {common})}; what the adapter computes is the same"
         )
     return common
 

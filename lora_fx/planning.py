@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lora_fx.errors import PolicyError
 from lora_fx.extras import Parameters, bias_extras, train_extras
 from lora_fx.inventory import describe_sites
 from lora_fx.matrix import row_count
+from lora_fx.notices import warn_user
 from lora_fx.plans import Decision, Extra, Part, Plan, Reason, adapter_itemsize
 from lora_fx.policy import Policy, Skip
 from lora_fx.rule_checks import check_rules, refuse_dataflow
@@ -129,7 +129,7 @@ def _large_weights(decisions: Sequence[Decision]) -> list[str]:
         f"{len(sizes)} weights are adapted in the weight form, which computes W anew in every training step: "
         f"{total / 2**20:,.0f} MiB in all; {name} for one: {why}"
     )
-    warnings.warn(note, UserWarning, stacklevel=4)
+    warn_user(note)
     return [note]
 
 
@@ -186,7 +186,7 @@ def _fit(
             f"; rank 1 for each takes {sum(costs):,}: given in order as long as it fits, {fit.spent:,}"
         )
         arithmetic += f"; no room for {lost} of {len(slots)} adapters"
-        warnings.warn(arithmetic, UserWarning, stacklevel=4)
+        warn_user(arithmetic)
     else:
         arithmetic += f"; ranks x {fit.factor:.4f}, rounded down, at least 1: {fit.floored:,}"
         arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"

@@ -32,7 +32,9 @@ __all__ = ["AnyRule", "Filters", "Policy", "Rule", "Skip", "Train", "choices"]
 class Policy:
     """An ordered list of rules: the first that matches a site decides it.
 
-    ``budget`` limits what is trained; ``bias`` says which biases are trained: ``"none"``,
+    ``budget`` limits what is trained, by lower ranks: a whole number of parameters (``1_000_000``), a
+    share of the model's as a float in (0, 1) (``0.01``), or the size of the adapter as text (``"35MB"``;
+    B, kB, MB, GB, KiB, MiB, GiB). ``bias`` says which biases are trained: ``"none"``,
     ``"all"``, or ``"lora_only"`` (those beside an adapted weight); ``norm_stats`` says whether a
     normalisation under frozen parameters uses (``"freeze"``) or moves (``"train"``) its running
     statistics in train mode.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from lora_fx.claims import Claim
 from lora_fx.errors import PolicyError
 from lora_fx.inventory import describe_sites, nearest, only, why_nothing
+from lora_fx.notices import warn_user
 from lora_fx.plans import Decision
 from lora_fx.policy import AnyRule, Policy, Rule, choices
 from lora_fx.sites import Site
@@ -61,7 +61,7 @@ def check_rules(
         notes += _idle_choices(rule, facts, names)
         notes += _too_many_blocks(rule, matched)
     for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=4)
+        warn_user(note)
     return notes
 
 

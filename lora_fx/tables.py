@@ -87,10 +87,11 @@ def audit_table(audit: Audit) -> Group:
             style=_STYLE[row.action],
         )
     totals = audit.totals
+    others = f"{totals.extras} other parameter" + ("s" if totals.extras != 1 else "")
     forms = ", ".join(f"{count} {form}" for form, count in totals.forms.items())
     counts = (
         f"{totals.sites} weights: {totals.adapted} adapted ({forms or 'none'}), {totals.trained} trained in "
-        f"full, {totals.skipped} left as they are; {totals.extras} other parameters trained"
+        f"full, {totals.skipped} left as they are; {others} trained"
     )
     trained = trained_text(totals.parameters, totals.base_parameters)
     sizes = f"branch share {totals.branch_share:.0%}; {trained}, {bytes_text(totals.adapter_bytes)}"

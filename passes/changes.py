@@ -7,7 +7,6 @@ small delta: the *retained delta* ``1 - |cast(W) - W0 - delta| / |delta|`` says 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import AdapterValueError
 from lora_fx.matrix import columns_form, rows_form
+from lora_fx.notices import warn_user
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import SiteSpec, effective, raw
 from lora_fx.passes.sharded import reshard, whole
@@ -232,4 +232,4 @@ def refuse_rounded_away(found: Iterable[Change], least: float) -> None:
             got=got,
             advice="Fold into the float32 base, or pass min_retained=0 to accept the loss.",
         )
-    warnings.warn(f"folding keeps {got}: fold into the float32 base to keep all of it", stacklevel=3)
+    warn_user(f"folding keeps {got}: fold into the float32 base to keep all of it")

@@ -161,7 +161,7 @@ def _unfit(bare: Site, uses: list[Found], run: _Run) -> str | None:
 
 def _only_read(bare: Site, found: Reach) -> Site:
     """Return the site of a parameter that is read but never multiplied as a weight."""
-    reads = [f"{n.meta.get('op', n.op)} in {n.meta.get('module', '')!r}" for n in found.reads]
+    reads = [f"{n.meta.get('op', n.op)} in {(n.meta.get('module') or '(root)')!r}" for n in found.reads]
     listed = ", ".join(list(dict.fromkeys(reads))[:3]) or "views alone"
     unfit = bare.unfit or f"read by {listed}; never multiplied as a weight"
     return replace(bare, kind="other", form=rows_form(bare.shape), uses=(), unfit=unfit)

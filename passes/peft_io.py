@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
+from lora_fx.notices import warn_user
 from lora_fx.passes.peft_layout import layout
 from lora_fx.passes.sharded import whole
 from lora_fx.peft_files import PeftFolder
@@ -24,7 +24,7 @@ def read_peft(model: nn.Module, folder: str | Path, adapter: str) -> AdapterFile
     """
     file = from_peft(PeftFolder.read(folder, adapter), layout(model))
     for note in file.plan.notes:
-        warnings.warn(note, UserWarning, stacklevel=4)
+        warn_user(note)
     return file
 
 

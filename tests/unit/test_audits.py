@@ -57,6 +57,13 @@ def test_deltas_are_found_by_any_name_of_a_tied_weight():
     assert audit.source == "model"
 
 
+def test_one_other_parameter_is_counted_in_the_singular():
+    made = sample()
+    assert "1 other parameter trained" in " ".join(str(audit_plan(made)).split())
+    none = audit_plan(plan([site("a.weight")], Policy(Skip())))
+    assert "0 other parameters trained" in " ".join(str(none).split())
+
+
 def test_json_holds_the_table():
     audit = audit_plan(sample(), {"blocks.0.qkv.weight": 0.5})
     data = json.loads(audit.to_json())

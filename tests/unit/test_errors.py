@@ -432,3 +432,18 @@ def test_a_sentence_ends_once(got: str, said: str) -> None:
     error = lora_fx.LoraFxError("it", expected="one", got=got, advice="Pass one.")
     assert str(error) == f"it: expected one; got {said} one."
     assert error.got == got
+
+
+def test_warnings_point_at_the_line_that_called() -> None:
+    lossy = lora_fx.inject(model().bfloat16(), Policy(Rule(rank=1)), X.bfloat16())
+    for parameter in lora_fx.parameters(lossy):
+        nn.init.constant_(parameter, 1e-2)
+    calls: dict[str, Callable[[], Any]] = {
+        "no room for 1": lambda: lora_fx.plan(model(), Policy(Rule(rank=8), budget=20), X),
+        "for 1 of 2": lambda: lora_fx.inject(model(), Policy(Rule(rank=8), budget=20), X),
+        "folding keeps": lambda: lora_fx.fold(lossy, min_retained=0),
+    }
+    for text, call in calls.items():
+        with pytest.warns(UserWarning, match=text) as warned:
+            call()
+        assert {(w.filename, w.lineno) for w in warned} == {(__file__, call.__code__.co_firstlineno)}

@@ -443,7 +443,7 @@ def test_what_the_run_did_not_reach() -> None:
     assert sites["experts.1.up.weight"].twin is None
     assert sites["spare.weight"].unfit == "no-effect: its result reaches no output of the run"
     assert sites["table"].kind == "other"
-    assert sites["table"].unfit == "read by add in ''; never multiplied as a weight"
+    assert sites["table"].unfit == "read by add in '(root)'; never multiplied as a weight"
     assert (sites["unread"].kind, sites["unread"].unfit, sites["unread"].uses) == ("other", None, ())
     assert "scale" not in sites
 
