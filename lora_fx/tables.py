@@ -6,8 +6,9 @@ import io
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
@@ -38,7 +39,9 @@ def plan_table(plan: Plan) -> Group:
         ("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "why")
     )
     rules = _numbered(d.rule for d in plan.decisions)
-    for group in _grouped(plan.decisions):
+    groups = _grouped(plan.decisions)
+    reasons = _shared_reasons([group[0] for group in groups])
+    for group in groups:
         first = group[0]
         table.add_row(
             name_pattern([d.name for d in group]),
@@ -50,7 +53,7 @@ def plan_table(plan: Plan) -> Group:
             ranks_text(first),
             f"{sum(d.parameters for d in group):,}" if first.action != "skip" else "",
             first.form or "",
-            why_text(first, rules),
+            why_text(first, rules, reasons),
             style=_STYLE[first.action],
         )
     counts = (
@@ -58,7 +61,7 @@ def plan_table(plan: Plan) -> Group:
     )
     trained = trained_text(plan.parameters, plan.base_parameters)
     lines = [
-        *_legend(rules),
+        *_legend(rules, reasons),
         *(f"also trained: {extra.name} ({shape_text(extra.shape)}), {extra.detail}" for extra in plan.extras),
         f"{counts}; {trained}, {bytes_text(plan.adapter_bytes)}",
         *(f"note: {note}" for note in plan.notes),
@@ -67,23 +70,27 @@ def plan_table(plan: Plan) -> Group:
 
 
 def audit_table(audit: Audit) -> Group:
-    """Render an audit: every weight on its own line, then the totals."""
+    """Render an audit, weights that differ in layer numbers only on one line, then the totals."""
     table = FittedTable(
-        ("weight", "kind", "shape", "roles", "decision", "rank", "trained", "form", "|dW|/|W|", "why")
+        ("weight", "n", "kind", "shape", "roles", "decision", "rank", "trained", "form", "|dW|/|W|", "why")
     )
     rules = _numbered(row.rule for row in audit.rows)
-    for row in audit.rows:
+    groups = _gathered(audit.rows, _row_key)
+    reasons = _shared_reasons([group[0] for group in groups])
+    for group in groups:
+        row, trained = group[0], sum(r.parameters for r in group)
         table.add_row(
-            row.name,
+            name_pattern([r.name for r in group]),
+            str(len(group)),
             row.kind,
             shape_text(row.shape),
             _roles_cell(row.roles),
             row.action,
             row.rank_text,
-            f"{row.parameters:,}" if row.parameters else "",
+            f"{trained:,}" if trained else "",
             row.form or "",
-            "" if row.delta is None else f"{row.delta:.3g}",
-            why_text(row, rules),
+            _deltas_text([r.delta for r in group if r.delta is not None]),
+            why_text(row, rules, reasons),
             style=_STYLE[row.action],
         )
     totals = audit.totals
@@ -93,9 +100,9 @@ def audit_table(audit: Audit) -> Group:
         f"{totals.sites} weights: {totals.adapted} adapted ({forms or 'none'}), {totals.trained} trained in "
         f"full, {totals.skipped} left as they are; {others} trained"
     )
-    trained = trained_text(totals.parameters, totals.base_parameters)
-    sizes = f"branch share {totals.branch_share:.0%}; {trained}, {bytes_text(totals.adapter_bytes)}"
-    lines = [*_legend(rules), counts, sizes, *(f"note: {note}" for note in audit.notes)]
+    share = trained_text(totals.parameters, totals.base_parameters)
+    sizes = f"branch share {totals.branch_share:.0%}; {share}, {bytes_text(totals.adapter_bytes)}"
+    lines = [*_legend(rules, reasons), counts, sizes, *(f"note: {note}" for note in audit.notes)]
     return Group(_title(f"Audit of {audit.source}", audit.model, audit.examples), table, *map(Text, lines))
 
 
@@ -110,16 +117,26 @@ def _numbered(rules: Iterable[str | None]) -> dict[str, int]:
     return {rule: number for number, rule in enumerate(found, start=1)}
 
 
-def _legend(rules: Mapping[str, int]) -> list[str]:
-    return [f"[{number}] {rule}" for rule, number in rules.items()]
+def _shared_reasons(lines: Sequence[Decision | AuditRow]) -> dict[str, int]:
+    """Number the reasons against the branch form that several lines of a table share."""
+    counts = Counter(line.form_reason for line in lines if line.form in ("weight", "mixed"))
+    return _numbered(reason for reason, count in counts.items() if count > 1)
 
 
-def why_text(decided: Decision | AuditRow, rules: Mapping[str, int]) -> str:
+def _legend(rules: Mapping[str, int], reasons: Mapping[str, int]) -> list[str]:
+    return [f"[{number}] {rule}" for rule, number in rules.items()] + [
+        f"[f{number}] {reason}" for reason, number in reasons.items()
+    ]
+
+
+def why_text(decided: Decision | AuditRow, rules: Mapping[str, int], reasons: Mapping[str, int]) -> str:
     """Return the reason, the deciding rule's number, the detail, and why the form is no branch."""
     number = f" [{rules[decided.rule]}]" if decided.rule is not None else ""
     texts = [decided.detail] if decided.detail else []
     if decided.form in ("weight", "mixed"):
-        texts.append(f"{decided.form} form: {decided.form_reason}")
+        shared = reasons.get(decided.form_reason)
+        reason = f": {decided.form_reason}" if shared is None else f" [f{shared}]"
+        texts.append(f"{decided.form} form{reason}")
     return f"{decided.reason}{number}" + (f": {'; '.join(texts)}" if texts else "")
 
 
@@ -176,25 +193,33 @@ def trained_text(parameters: int, base_parameters: int) -> str:
     return f"{parameters:,} of {base_parameters:,} parameters trained ({share:.{digits}%})"
 
 
-def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
-    """Gather decisions whose weights differ in layer numbers only and that are otherwise equal."""
-    groups: dict[tuple[object, ...], list[Decision]] = {}
-    for d in decisions:
-        key = (
-            name_pattern([d.name], wild=True),
-            d.site.kind,
-            d.site.shape,
-            roles_text(d.site.roles),
-            d.action,
-            ranks_text(d),
-            d.form,
-            d.reason,
-            d.rule,
-            d.detail,
-            d.form_reason,
-        )
-        groups.setdefault(key, []).append(d)
+_Line = TypeVar("_Line", "Decision", "AuditRow")
+
+
+def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]) -> list[list[_Line]]:
+    """Gather lines whose weights differ in layer numbers only and whose keys are equal."""
+    groups: dict[tuple[object, ...], list[_Line]] = {}
+    for line in lines:
+        told = (line.action, line.form, line.reason, line.rule, line.detail, line.form_reason)
+        pattern = name_pattern([line.name], wild=True)
+        groups.setdefault((pattern, *told, *key(line)), []).append(line)
     return list(groups.values())
+
+
+def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:
+    return _gathered(
+        decisions, lambda d: (d.site.kind, d.site.shape, roles_text(d.site.roles), ranks_text(d))
+    )
+
+
+def _row_key(row: AuditRow) -> tuple[object, ...]:
+    return row.kind, row.shape, roles_text(row.roles), row.rank_text, row.delta is None
+
+
+def _deltas_text(deltas: Sequence[float]) -> str:
+    """Return how far weights moved, as one number or the lowest and the highest."""
+    ends = dict.fromkeys(f"{d:.3g}" for d in (min(deltas), max(deltas))) if deltas else ()
+    return " to ".join(ends)
 
 
 def name_pattern(names: Sequence[str], *, wild: bool = False) -> str:

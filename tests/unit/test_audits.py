@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_fx.audits import Audit, audit_plan
+from lora_fx.audits import audit_plan
 from lora_fx.matrix import Rows
 from lora_fx.plans import Plan
 from lora_fx.policy import Policy, Rule, Skip, Train
@@ -128,8 +128,7 @@ def test_tables_fit_name_weights_whole_and_cut_nothing_off(width: int) -> None:
         lines = shown_at(width, record)
         assert all(len(line) <= width for line in lines)
         text = " ".join(" ".join(lines).split())
-        names = NAMES if not isinstance(record, Audit) else (NAMES[0].replace("{0-1}", "1"), NAMES[1])
-        assert all(name in text for name in names)
+        assert all(name in text for name in NAMES)
         # Word by word: the lines of cells side by side alternate.
         assert {word for words in said for word in words.split()} <= set(text.split())
 
@@ -158,6 +157,31 @@ def test_equal_layers_share_a_line_and_different_ones_do_not():
     two = str(plan(sites, Policy(Rule(name="layers.3.*", rank=4), Rule(rank=2))))
     assert "layers.{0-2,4-11}.attention.query.weight" in two
     assert "layers.3.attention.query.weight" in two
+
+
+def test_equal_layers_of_an_audit_share_a_line_with_the_range_of_their_deltas():
+    made = plan([s for s in transformer(4, 8) if "query" in s.name], Policy(Rule(rank=2)))
+    names = [d.name for d in made.decisions]
+    [line] = [
+        line
+        for line in str(audit_plan(made, {name: 0.1 * i for i, name in enumerate(names, 1)})).splitlines()
+        if "query" in line
+    ]
+    assert "layers.{0-3}.attention.query.weight" in line
+    assert "0.1 to 0.4" in line
+    assert "0.1 to" not in str(audit_plan(made, dict.fromkeys(names, 0.1)))
+    assert len(audit_plan(made).rows) == 4
+
+
+def test_a_reason_that_several_lines_share_is_told_once():
+    sites = transformer(2, 8)
+    made = plan(sites, Policy(Rule(rank=2, dora=True)))
+    reason = made.adapted[0].form_reason
+    for record in (made, audit_plan(made)):
+        flat = " ".join("\n".join(shown_at(300, record)).split())
+        assert flat.count(reason) == 1
+        assert f"[f1] {reason}" in flat
+        assert flat.count("weight form [f1]") > 1
 
 
 def test_texts():
