@@ -193,7 +193,7 @@ def trained_text(parameters: int, base_parameters: int) -> str:
     return f"{parameters:,} of {base_parameters:,} parameters trained ({share:.{digits}%})"
 
 
-_Line = TypeVar("_Line", "Decision", "AuditRow")
+_Line = TypeVar("_Line", bound="Decision | AuditRow")
 
 
 def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]) -> list[list[_Line]]:
