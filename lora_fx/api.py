@@ -24,6 +24,7 @@ from lora_fx.passes.examples import own_examples, read_examples
 from lora_fx.passes.match import match
 from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.norms import refuse_converted, running_statistics
+from lora_fx.passes.precisions import halves_after
 from lora_fx.passes.probe import probe
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.runtime import injected
@@ -367,6 +368,7 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
         moves = unsaved(model, traced.graph)
         if moves is not None:
             warn_user(f"{moves}.")
+        known.halves[adapter] = halves_after(traced.graph, known.plans[adapter])
         result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:

@@ -73,6 +73,17 @@ def _lies_at(parameter: Tensor, place: Tensor) -> bool:
     return _is_alias(parameter, place) and geometry_of(parameter) == geometry_of(place)
 
 
+@contextmanager
+def casts_uncached() -> Generator[None]:
+    """Inside, autocast casts every weight anew: it does not see that one was written to in place."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def _has_values(tensor: Tensor) -> bool:
     # Sparse tensors cannot be compared, and no layer writes into one.
     real = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)

@@ -11,7 +11,7 @@ another choice. Where the base itself does so, float64 decides, in which a fault
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,8 @@ from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.norms import resting_norms_bare
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
-from lora_fx.passes.preserve import attention_spelt_out, preserved
+from lora_fx.passes.precisions import dtypes_through, tolerance_of
+from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
 from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
 from lora_fx.passes.slopes import float_leaves, outputs_and_slopes
@@ -70,6 +71,7 @@ def probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
         held_active(model, adapter),
         preserved(model),
         attention_spelt_out(),
+        casts_uncached(),
         random_adapters(model, adapter),
     ):
         return _probe(model, adapter, inputs)
@@ -104,7 +106,7 @@ def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
             advice=_PAST,
         )
     reference = _run_with_weights_replaced(model, adapter, run)
-    difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
+    difference, tolerance = compare(outputs, reference, dtypes_through(model, adapter))
     if difference > tolerance and _leaps(model, adapter, run, reference):
         difference, tolerance = _compared_in_float64(model, adapter, inputs) or (difference, tolerance)
     if difference > tolerance:
@@ -128,7 +130,7 @@ def _refuse_asking(
             adapted, the model agrees with the injected one and not with the base.
     """
     adapted = _run_with_weights_replaced(model, adapter, run, modules=disable_adapter)
-    apart, tolerance = compare(outputs, adapted, weight_dtypes(model, adapter))
+    apart, tolerance = compare(outputs, adapted, dtypes_through(model, adapter))
     if apart <= tolerance:
         raise ProbeError(
             f"the forward of {type(model).__name__}",
@@ -259,7 +261,7 @@ def _leaps(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor])
         return weight * (1 + _NUDGE * torch.finfo(weight.dtype).eps * noise).to(weight.dtype)
 
     moved = _run_with_weights_replaced(model, adapter, run, nudged=nudged)
-    difference, tolerance = compare(moved, reference, weight_dtypes(model, adapter))
+    difference, tolerance = compare(moved, reference, dtypes_through(model, adapter))
     return difference > tolerance
 
 
@@ -288,7 +290,7 @@ def _disagreeing(model: nn.Module, adapter: str, run: Runner) -> str | None:
             with preserved(model), torch.enable_grad():
                 outputs = [o.detach() for o in float_leaves(run())]
             reference = _run_with_weights_replaced(model, adapter, run, only=name)
-        difference, tolerance = compare(outputs, reference, weight_dtypes(model, adapter))
+        difference, tolerance = compare(outputs, reference, dtypes_through(model, adapter))
         if difference > tolerance:
             found.append(name)
     return ", ".join(found[:5]) or None
@@ -355,22 +357,12 @@ def _randomise(
                 raw(module, part.b).mul_(target / size)
 
 
-def tolerance_of(table: Mapping[torch.dtype, float], *dtypes: torch.dtype) -> float:
-    """Return what the coarsest of the dtypes that a number went through allows."""
-    return max(table.get(dtype, table[torch.float32]) for dtype in dtypes)
-
-
-def weight_dtypes(model: nn.Module, adapter: str) -> frozenset[torch.dtype]:
-    """Return the dtypes of the weights that an adapter changes."""
-    return frozenset(raw(module, attribute).dtype for _, module, attribute, _ in _sites(model, adapter))
-
-
 def compare(
     outputs: list[Tensor], reference: list[Tensor], through: Iterable[torch.dtype] = ()
 ) -> tuple[float, float]:
     """Return the largest |difference| / |reference| by norm, and the tolerance of its dtype.
 
-    ``through`` are the weights' dtypes: what a model computes in half precision and returns in single
+    ``through`` are the dtypes on the way: what a model computes in half precision and returns in single
     is as exact as half precision.
     """
     dtypes = tuple(through)

@@ -54,6 +54,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     record.plans.pop(adapter, None)
     record.ties.pop(adapter, None)
     record.trainable.pop(adapter, None)
+    record.halves.pop(adapter, None)
     if record.state.active == adapter:
         record.state.active = next(iter(record.plans), None)
     if last:

@@ -24,6 +24,7 @@ from lora_fx.passes.sharded import PLACING, is_read_by, laid_out_like, whole
 from lora_fx.passes.stock_forward import Branched
 
 if TYPE_CHECKING:
+    import torch
     from torch import fx
 
     from lora_fx.fingerprints import Fingerprint
@@ -118,7 +119,8 @@ class Injected:
     """What an injected model keeps at its root.
 
     ``ties`` holds, for each adapter, the qualified names of every weight that has several; ``buffers``
-    tell whether the base's moved since the first inject.
+    tell whether the base's moved since the first inject. ``halves`` are, for each adapter, the half
+    precisions that a recorded run showed after its weights.
     """
 
     state: AdapterState
@@ -132,6 +134,7 @@ class Injected:
         default_factory=dict[str, "tuple[Any, Fingerprint]"]
     )
     buffers: dict[str, Fingerprint] = field(default_factory=dict[str, "Fingerprint"])
+    halves: dict[str, frozenset[torch.dtype]] = field(default_factory=dict[str, "frozenset[torch.dtype]"])
     graph: fx.Graph | None = None
     probe: str = "not probed"
 

@@ -21,8 +21,9 @@ from lora_fx.passes.changes import weight_key
 from lora_fx.passes.examples import own_copy
 from lora_fx.passes.fold import folded
 from lora_fx.passes.moved import note_written, written_in
-from lora_fx.passes.preserve import attention_spelt_out, preserved
-from lora_fx.passes.probe import held_active, random_adapters, tolerance_of, weight_dtypes
+from lora_fx.passes.precisions import dtypes_through, tolerance_of
+from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
+from lora_fx.passes.probe import held_active, random_adapters
 from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
@@ -63,7 +64,13 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     refuse_fully_sharded(model, "verify", "Verify before fully_shard, or on the unsharded model.")
     comparisons: list[Comparison] = []
     notes: list[str] = []
-    with held_active(model, name), preserved(model), attention_spelt_out(), random_adapters(model, name):
+    with (
+        held_active(model, name),
+        preserved(model),
+        attention_spelt_out(),
+        casts_uncached(),
+        random_adapters(model, name),
+    ):
         for mode in _modes(model, notes):
             _note_writes(model, inputs, notes)
             for case, values in _cases(inputs):
@@ -156,7 +163,7 @@ def _compare(
     except Exception as error:  # noqa: BLE001 - whatever the base itself refuses is no finding about adapters
         return [], f"{case}: the base itself does not run ({type(error).__name__}: {error})"
     found = _injected_run(model, adapter, inputs)
-    through = weight_dtypes(model, adapter)
+    through = dtypes_through(model, adapter)
     comparisons = [_outputs(found.outputs, wanted.outputs, case, through)]
     weights = dict(_effective_weights(model, adapter))
     shares: dict[int, Tensor] = {}

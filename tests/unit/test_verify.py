@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import InputError
 from lora_fx.passes import verify as verify_pass
+from lora_fx.passes.precisions import dtypes_through
 from lora_fx.passes.verify import _gradients
 from tests.property.building import build
 from tests.property.specs import Layer, ModelSpec
@@ -68,3 +69,45 @@ def test_inputs_that_the_model_does_not_run_on_are_an_error() -> None:
         lora_fx.verify(model, torch.randn(3, 5))
     assert model.training
     assert lora_fx.verify(model, torch.randn(3, 4)).ok
+
+
+class _Lowered(nn.Module):
+    """Float32 weights whose products, or whose activations alone, are half precision."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(4)])
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            for layer in self.layers:
+                x = layer(x if self.how != "rounded" else x.bfloat16().float()).tanh()
+        return x.float()
+
+
+@pytest.mark.parametrize(("how", "halves"), [("autocast", True), ("rounded", True), ("plain", False)])
+def test_the_tolerance_follows_the_computation(how: str, halves: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    model = lora_fx.inject(_Lowered(how), lora_fx.Policy(lora_fx.Rule(rank=4)), x, seed=0)
+    assert (torch.bfloat16 in dtypes_through(model, "default")) is halves
+    assert lora_fx.verify(model, x).ok
+
+
+def test_inject_under_autocast_sees_weights_that_were_written_to() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = lora_fx.inject(_Lowered("plain"), lora_fx.Policy(lora_fx.Rule(rank=4)), x, seed=0)
+        assert torch.is_autocast_cache_enabled()
+        assert lora_fx.verify(model, x).ok
+
+
+def test_a_fault_is_found_in_half_precision() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(8, 64), _Lowered("autocast")
+    model.kept = model.layers[0].weight.detach().t()
+    model.layers[0].register_forward_hook(lambda m, args, y: y + 5 * (args[0] @ model.kept))
+    with pytest.raises(lora_fx.ProbeError, match=r"layers\.0\.weight"):
+        lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=4)), x, seed=0)
