@@ -32,7 +32,7 @@ from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.tree import sites_from_modules
-from lora_fx.passes.unsaved import moved_buffers, unsaved, unsaved_text
+from lora_fx.passes.unsaved import moved_buffers, named_writes, unsaved, unsaved_text
 from lora_fx.passes.wrapped import refuse_lazy, refuse_parts, refuse_wrapped
 from lora_fx.planning import make_plan
 from lora_fx.plans import Extra, Plan
@@ -369,7 +369,8 @@ def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
         if moves is not None:
             warn_user(f"{moves}.")
         known.halves[adapter] = halves_after(traced.graph, known.plans[adapter])
-        result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
+        with named_writes(traced.graph, known.plans[adapter]):
+            result = probe(model, adapter, (traced.args, dict(traced.kwargs)))
         known.probe = f"probed: largest relative difference {result.difference:.1e}"
         if result.without_effect:
             silent = ", ".join(result.without_effect[:3])

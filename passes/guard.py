@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
 class EffectiveWeight(Tensor):
     """The effective weight ``W`` of an adapted parameter; every write raises ``WeightWriteError``."""
 
+    written_as: str = "an adapted weight"
+    """The weight's attribute and its module's class, for what is said of a write."""
+
     @classmethod
     def __torch_function__(
         cls,
@@ -44,7 +47,7 @@ class EffectiveWeight(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]  # an overload's: "fill_.Scalar"
         if _writes(name, args, kwargs):
-            raise _refusal(name)
+            raise _refusal(name, args, kwargs)
         with _plainly():
             result = func(*args, **kwargs)
         if name in _ARRAYS and isinstance(result, np.ndarray):
@@ -54,7 +57,7 @@ class EffectiveWeight(Tensor):
     def set_(self, *source: Any, **named: Any) -> Tensor:
         """Raise: torch does not ask ``__torch_function__`` about this write."""
         del source, named
-        raise _refusal("set_")
+        raise _refusal("set_", (self,), {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the values as a plain tensor."""
@@ -62,12 +65,22 @@ class EffectiveWeight(Tensor):
         return self.detach().as_subclass(Tensor).clone()
 
 
-def _refusal(name: str) -> WeightWriteError:
+def _refusal(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> WeightWriteError:
+    where = _named((*args, *kwargs.values()))
     return WeightWriteError(
-        f"Tensor.{name}",
+        f"{where}, Tensor.{name}",
         expected="a write to the base weight W0",
         got="a write to the effective weight W, which is computed anew at each reading",
-        advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
+        advice="Write to dict(module.named_parameters())[name], which is W0, or unload first; where the "
+        "model's own forward writes it, Skip this weight.",
+    )
+
+
+def _named(values: Sequence[Any]) -> str:
+    """Name the first guarded weight among a call's arguments, and in the lists that it takes."""
+    flat = [item for value in values for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    return next(
+        (item.written_as for item in flat if isinstance(item, EffectiveWeight)), EffectiveWeight.written_as
     )
 
 
@@ -78,22 +91,28 @@ def _guard_views(result: Any, args: Sequence[Any]) -> Any:
         return tuple(made) if type(result) is tuple else made if type(result) is list else result
     if type(result) is not Tensor:
         return result
-    shared = any(isinstance(a, EffectiveWeight) and _is_alias(result, a) for a in args)
-    return result.as_subclass(EffectiveWeight) if shared else result
+    shared = next((a for a in args if isinstance(a, EffectiveWeight) and _is_alias(result, a)), None)
+    return result if shared is None else _marked(result, shared.written_as)
+
+
+def _marked(weight: Tensor, where: str) -> EffectiveWeight:
+    marked = weight.as_subclass(EffectiveWeight)
+    marked.written_as = where
+    return marked
 
 
 _is_alias: Callable[[Tensor, Tensor], bool] = vars(torch)["_C"]._is_alias_of
 
 
-def guarded(weight: Tensor, reader: FrameType | None) -> Tensor:
-    """Return the weight guarded against writes; plain where the program is being captured.
+def guarded(weight: Tensor, reader: FrameType | None, where: str) -> Tensor:
+    """Return the weight guarded against writes, which name it; plain where the program is being captured.
 
     It is plain, too, where a forward of torch's own reads it: those only read, and they take their fast
     paths (attention's, in eval) for plain tensors alone.
     """
     if torch.compiler.is_compiling() or type(weight) is not Tensor or _stock_forward(reader):
         return weight
-    return cast("Tensor", weight.as_subclass(EffectiveWeight))
+    return _marked(weight, where)
 
 
 def _stock_forward(reader: FrameType | None) -> bool:

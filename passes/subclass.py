@@ -210,7 +210,7 @@ def _weight_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
             weight = current_weight(self, name, reader)
             if weight is None or frame is None or is_own(self, weight):
                 return weight
-            return guarded(weight, reader)
+            return guarded(weight, reader, f"{name!r} of {own_class(self).__name__}")
         except AttributeError as error:
             # nn.Module.__getattr__ would answer next, with W0: silence where there is an error.
             raise RuntimeError(f"the adapted weight {name!r} cannot be computed: {error}") from error

@@ -6,15 +6,20 @@ mode belongs to the base: the trained model has it, and the base with the adapte
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lora_fx.errors import WeightWriteError
 from lora_fx.fingerprints import Fingerprint, fingerprint
 from lora_fx.passes.moved import written_in
 from lora_fx.passes.norms import running_statistics
 from lora_fx.passes.registers import own_buffers, plain
 from lora_fx.passes.runtime import BINDING, Injected
+from lora_fx.plans import Plan
 
 
 def buffer_prints(model: nn.Module) -> dict[str, Fingerprint]:
@@ -52,6 +57,24 @@ def unsaved_text(names: tuple[str, ...] | list[str], how: str) -> str:
         f"{how} {shown}: no adapter file holds that; keep it fixed while training, or save it as well "
         "(model.state_dict() has it)"
     )
+
+
+@contextmanager
+def named_writes(graph: fx.Graph, plan: Plan) -> Generator[None]:
+    """Inside, a refused write to an adapted weight is told by the names of those the run wrote."""
+    try:
+        yield
+    except WeightWriteError as error:
+        planned = {name: d.name for d in (*plan.adapted, *plan.trained) for name in (d.name, *d.site.names)}
+        names = sorted({planned[name] for name in written_in(graph) & planned.keys()})
+        if not names:
+            raise
+        raise WeightWriteError(
+            ", ".join(names[:5]),
+            expected="weights that the forward only reads",
+            got=f"a forward that writes into them ({error.where})",
+            advice=f"Skip them: Skip(name={names[0]!r}).",
+        ) from error
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -117,6 +117,9 @@ def test_copies_of_inputs_share_memory_as_the_inputs_do() -> None:
 class Running(nn.Module):
     """It subtracts a running mean that it moves in train mode, and keeps a count that is not saved."""
 
+    mean: Tensor
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
@@ -150,3 +153,22 @@ def test_inject_tells_of_state_that_a_forward_in_train_mode_moves() -> None:
     assert any("writes into mean:" in note for note in plan.notes)
     with pytest.warns(UserWarning, match="writes into mean:"):
         lora_fx.inject(model, plan, x)
+
+
+class Decaying(Momentum):
+    """What is written is multiplied with as any weight is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        return self.query(x) * self.key(x)
+
+
+def test_a_forward_that_writes_an_adapted_weight_is_refused_by_its_name() -> None:
+    model, x = Decaying(WRITES["in place"]).eval(), torch.randn(4, 6)
+    before = model.key.weight.detach().clone()
+    plan = lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    model.train()
+    with pytest.raises(lora_fx.WeightWriteError, match=r"^key\.weight: .*Skip\(name='key\.weight'\)"):
+        lora_fx.inject(model, plan, x)
+    assert torch.equal(model.key.weight, before)
+    assert type(model.key) is nn.Linear

@@ -236,3 +236,15 @@ def test_planning_on_the_meta_device_reads_no_values() -> None:
     real = Tied()
     plans = [lora_fx.plan(m, EVERYTHING, IDS) for m in (model, real)]
     assert plans[0].decisions == plans[1].decisions
+
+
+def test_a_refused_write_names_the_weight_and_says_what_to_do() -> None:
+    body = injected().body
+    for write in (
+        WRITES["in place"],
+        WRITES["a view of a view"],
+        WRITES["many at once"],
+        WRITES["another memory"],
+    ):
+        with pytest.raises(lora_fx.WeightWriteError, match=r"'weight' of Linear, Tensor\..*Skip this weight"):
+            write(body.weight)
