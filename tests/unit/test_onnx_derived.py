@@ -146,5 +146,6 @@ def test_inputs_that_the_model_refuses_are_not_tried(tmp_path: Path) -> None:
     assert [note.partition(" was not tried")[0] for note in certificate.notes] == [
         "another batch",
         "a random input",
+        "base.onnx was not there: it was exported first, and kept",
     ]
     assert list(certificate["parity"].data) == ["example"]
