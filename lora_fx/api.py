@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
-from lora_fx.diffs import refuse_misfit
-from lora_fx.errors import PolicyError
-from lora_fx.fingerprints import BaseCheck, dtype_name
+from lora_fx.deciding import Model, module_of, plan_of, refuse_misfit_of, source_of, trace_of
+from lora_fx.fingerprints import BaseCheck
 from lora_fx.notices import warn_user
 from lora_fx.passes import adapter_io, peft_io, remove, switch
 from lora_fx.passes import fold as fold_pass
 from lora_fx.passes import insert as insert_pass
 from lora_fx.passes import verify as verify_pass
-from lora_fx.passes.examples import own_examples, read_examples
-from lora_fx.passes.match import match
+from lora_fx.passes.examples import read_examples
 from lora_fx.passes.moved import note_written, written_in
-from lora_fx.passes.norms import refuse_converted, running_statistics
+from lora_fx.passes.norms import refuse_converted
 from lora_fx.passes.precisions import halves_after
 from lora_fx.passes.probe import probe
-from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.runtime import injected
 from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
-from lora_fx.passes.tree import sites_from_modules
 from lora_fx.passes.unsaved import moved_buffers, named_writes, unsaved, unsaved_text
-from lora_fx.passes.wrapped import refuse_lazy, refuse_parts, refuse_wrapped
-from lora_fx.planning import make_plan
-from lora_fx.plans import Extra, Plan
-from lora_fx.policy import Policy, checked_policy
+from lora_fx.passes.wrapped import refuse_parts, refuse_wrapped
+from lora_fx.plans import Plan
+from lora_fx.policy import Policy
 from lora_fx.reports import Report
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-Model: TypeAlias = nn.Module | Trace
-"""What the public functions take: a module, or a trace of one."""
 
 
 def trace(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Trace:
@@ -55,7 +44,7 @@ def trace(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Tra
     Raises:
         InputError: the model does not run on these inputs, or there are none.
     """
-    return record(_module(model), example_inputs)
+    return record(module_of(model), example_inputs)
 
 
 def plan(model_or_trace: Model | ExportedProgram, policy: Policy, example_inputs: Any = None) -> Plan:
@@ -66,7 +55,7 @@ def plan(model_or_trace: Model | ExportedProgram, policy: Policy, example_inputs
         PolicyError: a rule matches nothing, or needs a trace where there are no example inputs; or the
             policy is none.
     """
-    return _plan(_source(model_or_trace), policy, example_inputs)[0]
+    return plan_of(source_of(model_or_trace), policy, example_inputs)[0]
 
 
 def inject(
@@ -92,16 +81,16 @@ def inject(
         WrappedModelError: the model is already wrapped for DDP, FSDP or tensor parallelism, or by peft.
         ProbeError: an adapter has no effect, or another than its delta. The model is left as it was.
     """
-    source = _source(model_or_trace)
-    model = _module(source)
+    source = source_of(model_or_trace)
+    model = module_of(source)
     refuse_wrapped(model)
     refuse_parts(model)
     insert_pass.check_name(adapter, injected(model))
     if isinstance(policy_or_plan, Plan):
-        decided, traced = policy_or_plan, _trace_of(source, example_inputs)
-        _refuse_misfit(model, decided, traced)
+        decided, traced = policy_or_plan, trace_of(source, example_inputs)
+        refuse_misfit_of(model, decided, traced)
     else:
-        decided, traced = _plan(source, policy_or_plan, example_inputs)
+        decided, traced = plan_of(source, policy_or_plan, example_inputs)
     insert_pass.insert(model, decided, adapter, seed)
     try:
         _probe(model, adapter, traced)
@@ -255,105 +244,6 @@ def folded(model: nn.Module) -> AbstractContextManager[nn.Module]:
         AdapterValueError: the adapter holds NaN or infinity.
     """
     return fold_pass.folded(model)
-
-
-def _module(source: Any) -> nn.Module:
-    if isinstance(source, Trace):
-        return source.model
-    if isinstance(source, nn.Module):
-        return source
-    if hasattr(source, "module") and hasattr(source, "graph_signature"):
-        module: nn.Module = source.module()
-        return module
-    raise PolicyError(
-        "the model",
-        expected="an nn.Module, a Trace, a GraphModule or an ExportedProgram",
-        got=type(source).__name__,
-        advice="Pass the model itself.",
-    )
-
-
-def _source(given: Any) -> Model:
-    """Resolve what the user gave, once: an ExportedProgram makes a new module at each asking."""
-    return given if isinstance(given, Trace) else _module(given)
-
-
-def _trace_of(source: Model, example_inputs: Any) -> Trace | None:
-    """Return a trace of the *base*, or None where there are no example inputs."""
-    model = _module(source)
-    if isinstance(source, Trace):
-        if example_inputs is None and not _shows_adapters(source):
-            return source
-        example_inputs = example_inputs if example_inputs is not None else (source.args, dict(source.kwargs))
-    elif example_inputs is None and own_examples(model) is None:
-        return None
-    with fold_pass.base_only(model):
-        return record(model, example_inputs)
-
-
-def _shows_adapters(source: Trace) -> bool:
-    """Say whether a trace was made of an injected model: then its graph is not the base's."""
-    base = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
-    with fold_pass.base_only(source.model):
-        base &= {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
-    read = {n.meta["parameter"] for n in source.graph.nodes if n.meta.get("parameter") is not None}
-    return not read <= base
-
-
-def _plan(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, Trace | None]:
-    model, policy = _module(source), checked_policy(policy)
-    refuse_lazy(model)
-    refuse_parts(model)
-    traced = _trace_of(source, example_inputs)
-    # What is replayed for roles runs on the CPU, whatever the default device.
-    with fold_pass.base_only(model), torch.device("cpu"):
-        sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
-        held = _held(model)
-        shared = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
-        total = sum(p.numel() for p in model.parameters())
-        classes = {path: type(m).__name__ for path, m in model.named_modules()}
-    decided = make_plan(
-        sites,
-        policy,
-        traced=traced is not None,
-        model=type(model).__name__,
-        examples=None if traced is None else traced.examples,
-        parameters=held,
-        base_parameters=total,
-        owners=classes,
-    )
-    decided = replace(decided, extras=_distinct(decided.extras, shared))
-    moves = None if traced is None else unsaved(model, traced.graph)
-    if moves is not None:
-        decided = replace(decided, notes=(*decided.notes, moves))
-    if policy.norm_stats == "train":
-        decided = replace(decided, buffers=running_statistics(model))
-    return decided, traced
-
-
-def _refuse_misfit(model: nn.Module, planned: Plan, traced: Trace | None) -> None:
-    """Say exactly where a plan that was made elsewhere does not fit this model."""
-    with fold_pass.base_only(model):
-        sites = sites_from_modules(model) if traced is None else match(traced)
-        held = _held(model)
-        buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    refuse_misfit(planned, sites, held, buffers, traced=traced is not None and planned.examples is not None)
-
-
-def _held(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and dtype of every parameter that can be replaced, by every qualified name."""
-    scripted = {path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)}
-    return {
-        name: (tuple(p.shape), dtype_name(p))
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if name.rpartition(".")[0] not in scripted
-    }
-
-
-def _distinct(extras: tuple[Extra, ...], identities: Mapping[str, int]) -> tuple[Extra, ...]:
-    """Keep one name of each Parameter: a bias of a module with two names is trained and saved once."""
-    first = {identities[extra.name]: extra for extra in reversed(extras)}
-    return tuple(extra for extra in extras if first[identities[extra.name]] is extra)
 
 
 def _probe(model: nn.Module, adapter: str, traced: Trace | None) -> None:
