@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.passes.onnx_state import cast_state
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -23,8 +24,10 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        out = model(**inputs)
+    """Run in float64: what two libraries compute is compared, and not how they round."""
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    with torch.no_grad(), cast_state(model, torch.float64):
+        out = model(**wide)
     if isinstance(out, tuple):
         return out[0]
     return out if isinstance(out, Tensor) else next(v for v in out.values() if isinstance(v, Tensor))

@@ -159,7 +159,8 @@ def test_equal_layers_share_a_line_and_different_ones_do_not():
     assert "layers.3.attention.query.weight" in two
 
 
-def test_equal_layers_of_an_audit_share_a_line_with_the_range_of_their_deltas():
+def test_equal_layers_of_an_audit_share_a_line_with_the_range_of_their_deltas(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     made = plan([s for s in transformer(4, 8) if "query" in s.name], Policy(Rule(rank=2)))
     names = [d.name for d in made.decisions]
     [line] = [

@@ -111,3 +111,25 @@ def test_a_fault_is_found_in_half_precision() -> None:
     model.layers[0].register_forward_hook(lambda m, args, y: y + 5 * (args[0] @ model.kept))
     with pytest.raises(lora_fx.ProbeError, match=r"layers\.0\.weight"):
         lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=4)), x, seed=0)
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(5, 6)
+    return lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0), x
+
+
+def test_float64_decides_where_float32_differs_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    monkeypatch.setitem(verify_pass.TOLERANCES, torch.float32, 1e-8)
+    report = lora_fx.verify(model, x).raise_for_failure()
+    assert any("in float64" in c.case for c in report.comparisons)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_small_fault_is_one_in_float64_too() -> None:
+    model, x = small()
+    model[2].register_forward_hook(lambda m, _, out: out if type(m) is nn.Linear else out * (1 + 5e-5))
+    report = lora_fx.verify(model, x)
+    assert not report.ok
+    assert all("in float64" not in c.case for c in report.comparisons)
