@@ -115,7 +115,7 @@ def test_a_fault_is_found_in_half_precision() -> None:
 
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(5, 6)
+    model, x = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4)), torch.randn(5, 300)
     return lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0), x
 
 
