@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_fx.errors import CertificateError
+from lora_fx.tables import as_text
 
 CERTIFICATE_VERSION = 1
 
@@ -169,7 +170,4 @@ class Certificate:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        console = Console(width=110, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from lora_fx.tables import as_text
+
 Verdict = Literal["equal", "different", "not resolved"]
 
 EQUAL = (0.98, 1.02)
@@ -97,7 +99,4 @@ class Latency:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        console = Console(width=110, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())

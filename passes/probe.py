@@ -29,17 +29,16 @@ from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.precisions import dtypes_through, tolerance_of
 from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
+from lora_fx.passes.random_adapters import held_active, random_adapters, trained_parameters
 from lora_fx.passes.registers import plain
-from lora_fx.passes.runtime import BINDING, SiteSpec, effective, injected, raw
+from lora_fx.passes.runtime import BINDING, SiteSpec, effective, raw
 from lora_fx.passes.slopes import float_leaves, outputs_and_slopes
-from lora_fx.passes.switch import adapter_sites, disable_adapter, trained_names
+from lora_fx.passes.switch import adapter_sites, disable_adapter
 
 Runner = Callable[[], Any]
 """Runs the model once on its example inputs."""
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_PROBE_SIZE = 0.1
-"""The probe's delta, as a share of the weight's own norm."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest allowed |injected - reference| / |reference| by norm, per dtype of the output."""
 _PAST = (
@@ -75,20 +74,6 @@ def probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
         random_adapters(model, adapter),
     ):
         return _probe(model, adapter, inputs)
-
-
-@contextmanager
-def held_active(model: nn.Module, adapter: str) -> Generator[None]:
-    """Inside, this adapter is active and its own dropout is off."""
-    record = injected(model)
-    if record is None:
-        raise RuntimeError("an injected model is needed")
-    before = vars(record.state).copy()
-    record.state.active, record.state.enabled, record.state.dropout = adapter, True, False
-    try:
-        yield
-    finally:
-        vars(record.state).update(before)
 
 
 def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
@@ -144,7 +129,7 @@ def _refuse_asking(
 def _run_with_gradients(model: nn.Module, adapter: str, run: Runner) -> tuple[list[Tensor], list[str]]:
     """Run the injected model; return its outputs and the weights whose adapter had no gradient."""
     sites = list(_sites(model, adapter))
-    parameters = {name: _sensitive(module, spec) for name, module, _, spec in sites}
+    parameters = {name: trained_parameters(module, spec) for name, module, _, spec in sites}
     wanted = list({id(p): p for ps in parameters.values() for p in ps}.values())
     for parameter in wanted:
         parameter.requires_grad_(True)
@@ -198,7 +183,7 @@ def _passed_on(slope: Tensor | None, module: nn.Module, attribute: str, spec: Si
     """Say whether the slope of ``W`` gives any slope to the adapter that makes ``W``."""
     if slope is None or not bool(slope.any()):
         return False
-    parameters = _sensitive(module, spec)
+    parameters = trained_parameters(module, spec)
     with torch.enable_grad():
         weight = effective(module, attribute, spec)
         passed: list[Tensor | None] = list(
@@ -212,10 +197,6 @@ def _sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str
         if spec.buffer:
             continue
         yield (f"{path}.{attribute}" if path else attribute), module, attribute, spec
-
-
-def _sensitive(module: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
-    return [p for n in trained_names(spec) if isinstance(p := raw(module, n), nn.Parameter)]
 
 
 def _run_with_weights_replaced(
@@ -310,51 +291,6 @@ def _silenced(model: nn.Module, adapter: str, keep: Tensor) -> Generator[None]:
     finally:
         for specs, spec in saved:
             specs[adapter] = spec
-
-
-@contextmanager
-def random_adapters(model: nn.Module, adapter: str) -> Generator[None]:
-    """Inside, every adapter is random, with a delta of a tenth of its weight's norm."""
-    generator = torch.Generator().manual_seed(0)
-    kept: dict[int, tuple[nn.Parameter, Tensor, bool]] = {}
-    try:
-        for _, module, attribute, spec in adapter_sites(model, adapter):
-            for parameter in _sensitive(module, spec):
-                if id(parameter) not in kept:
-                    kept[id(parameter)] = (parameter, parameter.detach().clone(), parameter.requires_grad)
-            _randomise(module, attribute, spec, generator)
-        yield
-    finally:
-        for parameter, value, flag in kept.values():
-            with torch.no_grad():
-                parameter.copy_(value)
-            parameter.requires_grad_(flag)
-
-
-def _randomise(
-    module: nn.Module,
-    attribute: str,
-    spec: SiteSpec,
-    generator: torch.Generator,
-) -> None:
-    base = raw(module, attribute).detach()
-    with torch.no_grad():
-        if spec.full is not None:
-            full = raw(module, spec.full)
-            noise = torch.randn(full.shape, generator=generator, dtype=torch.float32)
-            scale = max(float(base.float().std(correction=0)), 1e-2) * _PROBE_SIZE
-            full.copy_(base + noise.to(full.device, full.dtype) * scale)
-            return
-        for part in spec.parts:
-            b = raw(module, part.b)
-            noise = torch.randn(b.shape, generator=generator, dtype=torch.float32)
-            b.copy_(noise.to(b.device, b.dtype))
-        delta = (effective(module, attribute, spec) - base).float()
-        size = float(delta.norm())
-        target = _PROBE_SIZE * max(float(base.float().norm()), 1e-2 * base.numel() ** 0.5)
-        for part in spec.parts:
-            if size > 0:
-                raw(module, part.b).mul_(target / size)
 
 
 def compare(

@@ -25,7 +25,7 @@ from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.precisions import dtypes_through, tolerance_of
 from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
-from lora_fx.passes.probe import held_active, random_adapters
+from lora_fx.passes.random_adapters import held_active, random_adapters
 from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
