@@ -76,10 +76,12 @@ class Report:
                 advice="Pass example inputs that the model runs on.",
             )
         first = self.failures[0]
+        told = "".join(f" ({note})" for note in self.notes if note.startswith(first.case))
+        fail = f"{len(self.failures)} of {len(self.comparisons)} comparisons fail"
         raise VerifyError(
             f"{first.what} ({first.case})",
             expected=f"a relative difference of at most {first.tolerance:g}",
-            got=f"{first.difference:.3g}; {len(self.failures)} of {len(self.comparisons)} comparisons fail",
+            got=f"{first.difference:.3g}; {fail}{told}",
             advice="The weight is used in a way that the adapter does not follow: Skip it, and report it.",
         )
 

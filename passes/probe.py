@@ -92,7 +92,7 @@ def _probe(model: nn.Module, adapter: str, inputs: Inputs) -> ProbeResult:
         )
     reference = _run_with_weights_replaced(model, adapter, run)
     difference, tolerance = compare(outputs, reference, dtypes_through(model, adapter))
-    if difference > tolerance and _leaps(model, adapter, run, reference):
+    if difference > tolerance and _moved_by_rounding(model, adapter, run, reference) > tolerance:
         difference, tolerance = _compared_in_float64(model, adapter, inputs) or (difference, tolerance)
     if difference > tolerance:
         _refuse_asking(model, adapter, run, outputs, difference)
@@ -233,21 +233,24 @@ def _base(model: nn.Module, adapter: str) -> Generator[None]:
         yield
 
 
-def _leaps(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor]) -> bool:
-    """Say whether a few roundings of the weights alone move the base's outputs beyond the tolerance."""
+def _moved_by_rounding(model: nn.Module, adapter: str, run: Runner, reference: list[Tensor]) -> float:
+    """Return how far a few roundings of the weights alone move the base's outputs."""
     generator = torch.Generator().manual_seed(1)
 
     def nudged(weight: Tensor) -> Tensor:
         noise = torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device) - 0.5
-        return weight * (1 + _NUDGE * torch.finfo(weight.dtype).eps * noise).to(weight.dtype)
+        # Not weight * (1 + step): in float32 that is no step at all.
+        return weight + weight * (_NUDGE * torch.finfo(weight.dtype).eps * noise).to(weight.dtype)
 
     moved = _run_with_weights_replaced(model, adapter, run, nudged=nudged)
-    difference, tolerance = compare(moved, reference, dtypes_through(model, adapter))
-    return difference > tolerance
+    return compare(moved, reference, dtypes_through(model, adapter))[0]
 
 
 def _compared_in_float64(model: nn.Module, adapter: str, inputs: Inputs) -> tuple[float, float] | None:
-    """Compare once more in float64; None where the model does not run in it."""
+    """Compare once more in float64; None where the model does not run in it.
+
+    Where the base's own rounding is beyond float64's tolerance, it is the tolerance, up to float32's.
+    """
     wide = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
 
     def run() -> Any:
@@ -258,7 +261,12 @@ def _compared_in_float64(model: nn.Module, adapter: str, inputs: Inputs) -> tupl
         try:
             with preserved(model), torch.enable_grad():
                 outputs = [o.detach() for o in float_leaves(run())]
-            return compare(outputs, _run_with_weights_replaced(model, adapter, run))
+            reference = _run_with_weights_replaced(model, adapter, run)
+            difference, tolerance = compare(outputs, reference)
+            if difference > tolerance:
+                moved = _moved_by_rounding(model, adapter, run, reference)
+                tolerance = max(tolerance, min(moved, _TOLERANCE[torch.float32]))
+            return difference, tolerance
         except RuntimeError:  # what torch raises on dtypes that do not meet: the model has its own
             return None
 

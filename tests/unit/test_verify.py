@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.errors import InputError
-from lora_fx.passes import verify as verify_pass
+from lora_fx.passes import comparing
+from lora_fx.passes.comparing import gradients_compared
 from lora_fx.passes.precisions import dtypes_through
-from lora_fx.passes.verify import _gradients
 from tests.property.building import build
 from tests.property.specs import Layer, ModelSpec
 
@@ -30,17 +30,17 @@ def test_a_small_gradient_of_the_wrong_sign_is_found(size: float) -> None:
     right: list[Tensor | None] = [torch.full((4,), size, dtype=torch.float64)]
     wrong: list[Tensor | None] = [-right[0]] if right[0] is not None else []
     held = frozenset({torch.float64})
-    assert _gradients("w", right, right, "eval", 1.0, held).ok
-    assert not _gradients("w", wrong, right, "eval", 1.0, held).ok
+    assert gradients_compared("w", right, right, "eval", 1.0, held).ok
+    assert not gradients_compared("w", wrong, right, "eval", 1.0, held).ok
 
 
 def test_a_few_roundings_of_the_largest_gradient_are_no_difference() -> None:
     step = torch.finfo(torch.float64).eps
     right: list[Tensor | None] = [torch.full((1,), 1e-12, dtype=torch.float64)]
     held = frozenset({torch.float64})
-    for roundings, fine in ((verify_pass._DISCOUNT, True), (4 * verify_pass._DISCOUNT, False)):
+    for roundings, fine in ((comparing.DISCOUNT, True), (4 * comparing.DISCOUNT, False)):
         found: list[Tensor | None] = [torch.full((1,), 1e-12 + 0.9 * roundings * step, dtype=torch.float64)]
-        assert _gradients("w", found, right, "eval", 1.0, held).ok is fine
+        assert gradients_compared("w", found, right, "eval", 1.0, held).ok is fine
 
 
 class _Sparse(nn.Module):
@@ -121,7 +121,7 @@ def small() -> tuple[nn.Module, Tensor]:
 
 def test_float64_decides_where_float32_differs_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small()
-    monkeypatch.setitem(verify_pass.TOLERANCES, torch.float32, 1e-8)
+    monkeypatch.setitem(comparing.TOLERANCES, torch.float32, 1e-8)
     report = lora_fx.verify(model, x).raise_for_failure()
     assert any("in float64" in c.case for c in report.comparisons)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -133,3 +133,55 @@ def test_a_small_fault_is_one_in_float64_too() -> None:
     report = lora_fx.verify(model, x)
     assert not report.ok
     assert all("in float64" not in c.case for c in report.comparisons)
+
+
+class _Steep(nn.Module):
+    """A linear whose rounding is blown up: after the sine, a relative change of e is one of ``size * e``."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.linear, self.size = nn.Linear(300, 300), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.size * self.linear(x))
+
+
+def steep(size: float, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = _Steep(size).to(dtype), torch.randn(5, 300, dtype=dtype)
+    return lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_rounding_does_to_the_base_is_no_fault(dtype: torch.dtype) -> None:
+    model, x = steep(1e7, dtype)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = lora_fx.verify(model, x).raise_for_failure()
+    assert any(c.case.endswith("within the base's own rounding") for c in report.comparisons)
+    assert any("moves the base itself by up to" in note for note in report.notes)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("size", "fault"), [(1e7, 1e-11), (1e4, 1e-11), (1.0, 1e-8)])
+def test_a_fault_larger_than_the_bases_rounding_is_one(size: float, fault: float) -> None:
+    model, x = steep(size, torch.float64)
+    model.linear.register_forward_hook(lambda m, _, y: y if type(m) is nn.Linear else y * (1 + fault))
+    assert not lora_fx.verify(model, x).ok
+
+
+def test_inject_finds_a_fault_beyond_the_bases_rounding() -> None:
+    torch.manual_seed(0)
+    model, x = _Steep(1e7).double(), torch.randn(5, 300, dtype=torch.float64)
+    model.linear.register_forward_hook(lambda m, _, y: y if type(m) is nn.Linear else y * (1 + 1e-13))
+    with pytest.raises(lora_fx.ProbeError):
+        lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+
+
+def test_a_base_without_digits_is_not_said_to_hold() -> None:
+    model, x = steep(1.0, torch.float64)
+    model.size = 1e13
+    report = lora_fx.verify(model, x)
+    assert not report.ok
+    assert any("no comparison can hold to less" in note for note in report.notes)
+    with pytest.raises(lora_fx.VerifyError, match="moves the base itself"):
+        report.raise_for_failure()

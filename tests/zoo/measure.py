@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.passes.preserve import preserved
+from lora_fx.passes.rounding import weights_rounded
 from lora_fx.passes.slopes import float_leaves, uneven
 from tests.zoo.catalogue import Built, build
 
 EVERYTHING = lora_fx.Policy(lora_fx.Rule(rank=2))
 TOLERANCE = 1e-5
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+ROUNDINGS = 10.0
+"""So many times what one rounding of every weight does to the base, the two may differ in float64."""
 STAGES = ("build", "trace", "plan", "inject", "fold", "step", "roundtrip", "verify")
 Row = dict[str, Any]
 
@@ -43,7 +46,7 @@ def measure(name: str, *, tell: Callable[[Row], None] = lambda row: None) -> Row
     _facts(model, inputs, subject)
     if subject.stage("inject", lambda: _inject(model, inputs, row)) is None:
         return row
-    subject.stage("fold", lambda: _fold(model, inputs))
+    subject.stage("fold", lambda: _fold(model, inputs, row))
     subject.stage("step", lambda: _step(model, inputs))
     subject.stage("roundtrip", lambda: _roundtrip(model, inputs))
     subject.stage("verify", lambda: _verify(model, inputs, row))
@@ -186,7 +189,7 @@ def randomise(model: nn.Module) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def _fold(model: nn.Module, inputs: dict[str, Any]) -> None:
+def _fold(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
     with torch.no_grad():
         with lora_fx.disable_adapter(model):
             base = outputs_of(model, inputs)
@@ -197,9 +200,24 @@ def _fold(model: nn.Module, inputs: dict[str, Any]) -> None:
             wanted = outputs_of(model, inputs)
     difference = far(found, wanted)
     if difference > TOLERANCE and wanted[0].dtype == torch.float32:
-        return _fold(doubled(model), doubled(inputs))
-    assert difference <= TOLERANCES[wanted[0].dtype], f"injected and folded differ by {difference:.2e}"
+        return _fold(doubled(model), doubled(inputs), row)
+    allowed = TOLERANCES[wanted[0].dtype]
+    if difference > allowed and wanted[0].dtype == torch.float64:
+        moved = _moved_by_rounding(model, inputs, wanted)
+        allowed = max(allowed, min(ROUNDINGS * moved, TOLERANCE))
+        row.setdefault("rounding", {})["fold"] = [difference, allowed]
+    assert difference <= allowed, f"injected and folded differ by {difference:.2e}"
     return None
+
+
+def _moved_by_rounding(model: nn.Module, inputs: dict[str, Any], wanted: list[Tensor]) -> float:
+    """Return how far the folded model goes when its weights are rounded once."""
+    moved = 0.0
+    with torch.no_grad(), lora_fx.folded(model):
+        for seed in range(2):
+            with weights_rounded(model, seed):
+                moved = max(moved, far(outputs_of(model, inputs), wanted))
+    return moved
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -238,17 +256,29 @@ def _roundtrip(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 def _verify(model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
     report = lora_fx.verify(model, inputs)
-    row["comparisons"] = len(report.comparisons)
-    row["notes"] = list(report.notes)
-    worst = report.worst
-    row["worst"] = None if worst is None else worst.difference / worst.tolerance
-    row["bad_sites"] = sorted({c.what for c in report.failures})[:8]
+    _told(row, report)
     if report.ok:
         return
     # Deep random networks amplify float32's rounding: then float64, where a fault would stay, decides.
     wide = doubled(model), doubled(inputs)
     row["float64"] = True
-    lora_fx.verify(*wide).raise_for_failure()
+    report = lora_fx.verify(*wide)
+    _told(row, report)
+    report.raise_for_failure()
+
+
+def _told(row: Row, report: lora_fx.Report) -> None:
+    worst = report.worst
+    row["comparisons"] = len(report.comparisons)
+    row["notes"] = list(report.notes)
+    row["worst"] = None if worst is None else worst.difference / worst.tolerance
+    row["bad_sites"] = sorted({c.what for c in report.failures})[:8]
+    if any(c.case.endswith("in float64") for c in report.comparisons):
+        row["float64"] = True
+    beyond = [c for c in report.comparisons if "within the base's own rounding" in c.case]
+    if beyond:
+        worst = max(beyond, key=lambda c: c.difference)
+        row.setdefault("rounding", {})["verify"] = [worst.difference, worst.tolerance]
 
 
 def doubled(value: Any) -> Any:

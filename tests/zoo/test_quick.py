@@ -76,6 +76,14 @@ def test_a_failed_row_is_red(tmp_path: Path) -> None:
     assert "timm/late, fold: AssertionError" in text
 
 
+def test_a_row_held_to_rounding_says_so() -> None:
+    stages = ("build", "forward", "trace", "inject", "fold", "step", "roundtrip", "verify")
+    row = {"name": "a", "seconds": dict.fromkeys(stages, 0.5), "failed": {}, "share": 1.0, "sites": 3}
+    text = table([{**row, "forms": {"branch": 3}, "rounding": {"fold": [4e-9, 7e-10]}}])
+    assert "| ok | ok r | ok |" in text
+    assert "* a: fold differs by 4.0e-09, allowed 7.0e-10" in text
+
+
 def test_onnx_rows_say_whose_fault_a_failure_is() -> None:
     stages = dict.fromkeys(
         ("build", "forward", "trace", "inject", "fold", "step", "roundtrip", "verify"), 0.5

@@ -1,0 +1,93 @@
+"""How near two runs are: outputs and gradients by norm, by the dtype that they are computed in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_fx.passes.precisions import tolerance_of
+from lora_fx.reports import Comparison
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest allowed |injected - folded| / |folded| by norm, by the dtype of the output."""
+GRADIENTS = 10.0
+"""Gradients may lose so many times what outputs may."""
+ROUNDING = 256.0
+"""Gradients below so many times the rounding of the largest one are rounding themselves."""
+DISCOUNT = 4.0
+"""So many roundings of the largest gradient are no difference: what reaches a small one went through it."""
+
+
+def outputs_compared(
+    found: list[Tensor], wanted: list[Tensor], case: str, through: frozenset[torch.dtype]
+) -> Comparison:
+    """Compare the outputs of two runs; the one nearest to its tolerance, or furthest past it, speaks."""
+    worst = Comparison(case, "outputs", 0.0, TOLERANCES[torch.float32])
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return Comparison(case, "outputs", float("inf"), worst.tolerance)
+    for got, expected in zip(found, wanted, strict=True):
+        tolerance = tolerance_of(TOLERANCES, expected.dtype, *through)
+        one = Comparison(case, "outputs", relative(got, expected), tolerance)
+        if not one.difference / tolerance <= worst.difference / worst.tolerance:
+            worst = one
+    return worst
+
+
+def gradients_compared(
+    name: str,
+    found: list[Tensor | None],
+    wanted: list[Tensor | None],
+    case: str,
+    largest: float,
+    through: frozenset[torch.dtype],
+) -> Comparison:
+    """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may.
+
+    Where both are nothing but rounding beside the largest gradient of the model (a weight before a
+    normalisation of single numbers), their difference is taken against that one; where one is small (the
+    query of keys that are nearly alike), a few roundings of the largest are no difference.
+    """
+    pairs = [(g, w) for g, w in zip(found, wanted, strict=True) if g is not None or w is not None]
+    dtype = next((t.dtype for pair in pairs for t in pair if t is not None), torch.float32)
+    left = [torch.zeros_like(w) if g is None and w is not None else g for g, w in pairs]
+    right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
+    got = torch.cat([t.flatten() for t in left if t is not None])
+    expected = torch.cat([t.flatten() for t in right if t is not None])
+    tolerance = GRADIENTS * tolerance_of(TOLERANCES, dtype, *through)
+    rounding = torch.finfo(dtype).eps * largest
+    gap = size([got - expected])
+    if max(size([got]), size([expected])) <= ROUNDING * rounding:
+        return Comparison(case, name, gap / largest if largest else 0.0, tolerance)
+    if gap <= DISCOUNT * rounding:
+        return Comparison(case, name, 0.0, tolerance)
+    return Comparison(case, name, relative(got, expected), tolerance)
+
+
+def size(tensors: list[Tensor | None]) -> float:
+    """Return the norm of tensors as one vector."""
+    return float(sum(float(t.double().norm()) ** 2 for t in tensors if t is not None) ** 0.5)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Return |found - wanted| / |wanted| by norm; where both are infinite or NaN alike they agree."""
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return float("inf")
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    wide = torch.promote_types(wanted.dtype, torch.float64)
+    gap = torch.where(same, 0.0, found.to(wide) - wanted.to(wide)).norm()
+    size = torch.where(wanted.isfinite(), wanted.to(wide), 0.0).norm()
+    if float(gap) == 0.0:
+        return 0.0
+    return float(gap / size) if float(size) > 0 else float("inf")
+
+
+def within_rounding(comparison: Comparison, moved: float) -> Comparison:
+    """Allow a comparison in float64 what rounding its base's weights does, at most what float32 may lose."""
+    coarse = TOLERANCES[torch.float32] * (1.0 if comparison.what == "outputs" else GRADIENTS)
+    return replace(
+        comparison,
+        case=f"{comparison.case}, within the base's own rounding",
+        tolerance=max(comparison.tolerance, min(coarse, moved)),
+    )
