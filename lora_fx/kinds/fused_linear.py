@@ -154,7 +154,7 @@ def _forward(
     dtype, shape = x.dtype, x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, shape[-1])
     # Three dimensions are flattened by F.linear itself; doing it here saves doing it twice.
-    y = F.linear(flat if x.dim() == 3 and x.is_contiguous() else x, weight, bias)
+    y = F.linear(flat if _flattened(x, bias) else x, weight, bias)
     y = y if y.is_contiguous() else y.contiguous()
     rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     if call.mask is not None:
@@ -166,6 +166,16 @@ def _forward(
     else:
         add_parts(rows, h, call.slots, call.scale, [b.to(dtype) for b in bs])
     return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])), h
+
+
+def _flattened(x: Tensor, bias: Tensor | None) -> bool:
+    """Say whether F.linear itself takes three dimensions for two; else it multiplies in batches: other bits.
+
+    Without a bias it asks for strides that fold, which a dimension of one entry need not have.
+    """
+    if x.dim() != 3 or not x.is_contiguous():
+        return False
+    return bias is not None or x.stride(0) == x.stride(1) * x.shape[1]
 
 
 class FusedLinear(Function):

@@ -64,6 +64,17 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (3, 7)) -> tuple[Tensor,
     return x, torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype)
 
 
+@pytest.mark.parametrize("stride", [386, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dimension_of_one_entry_keeps_the_bases_bits(stride: int, bias: bool) -> None:
+    """Where its stride does not fold, F.linear without a bias multiplies in batches, with other bits."""
+    torch.manual_seed(0)
+    linear = nn.Linear(386, 768, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 386).as_strided((2, 1, 386), (386, stride, 1))
+    part = LivePart(torch.randn(4, 386), torch.zeros(768, 4), 1.0)
+    assert torch.equal(adapted_linear(x, linear.weight, linear.bias, lora=(part,)), linear(x))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 3, 4), (0, 3)])

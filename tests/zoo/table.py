@@ -127,7 +127,8 @@ def _rows(built: Sequence[Row]) -> str:
         "`share`: of the elements of parameters of two or more dimensions that get a gradient in full",
         "fine-tuning, those that are adapted. `branch`: sites in branch form. `64` behind verify: float32",
         "lost more than 1e-5 in this random network, and float64 held to 1e-10; `r`: it does not in float64",
-        "either, see the section after the table. Seconds: forward, trace, inject with its probe, verify. `–`: not tried. ONNX: whether the base is exported (`upstream`:",
+        "either, see below the table. Seconds: forward, trace, inject with its probe, verify. `–`: not",
+        "tried. ONNX: whether the base is exported (`upstream`:",
         "torch's exporter or onnxruntime fails on it by itself; `large`: more parameters than are exported",
         "here; `slow`: did not end in its time), whether the folded file's certificate holds, and the",
         "largest error of onnxruntime on it against the folded model in float64.",
@@ -187,8 +188,8 @@ def _roundings(built: Sequence[Row]) -> str:
     if not found:
         return ""
     intro = (
-        "These random networks lose more than six of float64's sixteen digits by themselves. Measured on the",
-        "model without adapters (with the changed weights written into it): every weight is moved by -1, 0 or",
+        "These random networks lose more than six of float64's sixteen digits by themselves. On the",
+        "model without adapters, the changed weights written into it: every weight is moved by -1, 0 or",
         "1 units of its last place, twice over; the outputs (fold) and each gradient (verify) may differ by",
         f"{ROUNDINGS:.0f} times the largest relative change seen, and never by more than float32 may (1e-5,",
         "gradients 1e-4).",
