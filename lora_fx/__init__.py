@@ -28,6 +28,7 @@ from lora_fx.errors import (
     AdapterValueError,
     BaseMismatchError,
     CertificateError,
+    CheckpointError,
     ExportError,
     InputError,
     LoraFxError,
@@ -42,6 +43,7 @@ from lora_fx.errors import (
     WrappedModelError,
 )
 from lora_fx.latencies import Latency
+from lora_fx.passes.fold_checkpoint import fold_checkpoint
 from lora_fx.passes.read_audit import audit
 from lora_fx.passes.show import show_forward
 from lora_fx.passes.trace import Trace
@@ -84,6 +86,7 @@ __all__ = [
     "BaseMismatchError",
     "Certificate",
     "CertificateError",
+    "CheckpointError",
     "Decision",
     "ExportError",
     "InputError",
@@ -112,6 +115,7 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "fold",
+    "fold_checkpoint",
     "fold_onnx",
     "folded",
     "inject",

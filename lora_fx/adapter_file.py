@@ -127,6 +127,22 @@ class AdapterFile:
         full = {d.name: d.site.shape for d in self.plan.trained} | {e.name: e.shape for e in self.plan.extras}
         return shapes | {tensor_key(name, None, "full"): shape for name, shape in full.items()}
 
+    def check_shapes(self) -> None:
+        """Refuse tensors of other shapes than the plan says.
+
+        Raises:
+            AdapterFileError: there is one.
+        """
+        for key, shape in self.expected_shapes().items():
+            found = tuple(self.tensors[key].shape)
+            if found != shape:
+                raise AdapterFileError(
+                    key,
+                    expected=f"shape {shape}",
+                    got=f"{found}",
+                    advice="The file is damaged: save it again.",
+                )
+
     def check_base(self, weights: Mapping[str, Tensor], check: BaseCheck = "exact") -> None:
         """Refuse another base.
 

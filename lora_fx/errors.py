@@ -68,6 +68,18 @@ class AdapterFileError(LoraFxError):
     """An adapter file is damaged, of another version, or not an adapter file."""
 
 
+class NoAdapterFileError(AdapterFileError, FileNotFoundError):
+    """There is no such adapter file."""
+
+
+class CheckpointError(LoraFxError):
+    """A checkpoint on disk cannot be read, or must not be written where it was asked for."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint."""
+
+
 class AdapterValueError(LoraFxError):
     """An adapter holds NaN or infinity, or its delta does not survive the weight's precision."""
 
@@ -78,6 +90,10 @@ class WeightWriteError(LoraFxError):
 
 class ExportError(LoraFxError):
     """The model could not be exported to ONNX."""
+
+
+class NoOnnxFileError(ExportError, FileNotFoundError):
+    """There is no such ONNX file."""
 
 
 class CertificateError(LoraFxError):

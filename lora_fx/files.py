@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -17,15 +21,25 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     Raises:
         OSError: the folder cannot be made or written to.
     """
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
+    """Give a file to write part by part, which takes its name, as in ``atomic_write``, when all went well.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    raw = data.encode("utf-8") if isinstance(data, str) else data
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+    temporary = _temporary(target)
     # Opened like any new file, so that it gets the permissions that a new file gets here.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if target.exists():
@@ -35,6 +49,43 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
+    """Give an empty folder to fill, which takes its name when all went well; else nothing of it is left.
+
+    An empty folder of this name is replaced, one that holds anything is an error. The files in it must have
+    reached the disk before.
+
+    Raises:
+        OSError: the folder cannot be made, or is there already and not empty.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Say whether two paths lead to one file or folder, also through links."""
+    if one.resolve() == other.resolve():
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def sync_folder(folder: Path) -> None:

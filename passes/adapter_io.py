@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lora_fx.adapter_file import FROZEN_STARTS, AdapterFile, tensor_key
-from lora_fx.errors import AdapterFileError, PlanError
+from lora_fx.errors import PlanError
 from lora_fx.fingerprints import BaseCheck, Fingerprint, fingerprint
 from lora_fx.passes.extent import deltas
 from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
@@ -106,7 +106,7 @@ def install(model: nn.Module, file: AdapterFile, adapter: str, *, trainable: boo
         AdapterFileError: a tensor has another shape than the plan says; the model is left as it was.
     """
     holders = owners(model)
-    _check_shapes(file)
+    file.check_shapes()
     insert(model, file.plan, adapter, seed=0)
     for key, parameter in _tensors(model, file.plan, adapter, holders):
         fill(parameter, file.tensors[key])
@@ -136,7 +136,7 @@ def refill(
             got=f"{len(other)} weights that are adapted otherwise ({', '.join(other[:3])})",
             advice="Load it under another name, or unload this adapter first.",
         )
-    _check_shapes(file)
+    file.check_shapes()
     reshard(model)
     file.check_base(Gathered(base_tensors(model)), base_check)
     for key, parameter in _tensors(model, record.plans[name], name, owners(model)):
@@ -153,12 +153,3 @@ def _changes(plan: Plan) -> set[tuple[str, str]]:
     }
     whole_ones = [*(d.name for d in plan.trained), *(e.name for e in plan.extras), *plan.buffers]
     return found | {(name, "whole") for name in whole_ones}
-
-
-def _check_shapes(file: AdapterFile) -> None:
-    for key, shape in file.expected_shapes().items():
-        found = tuple(file.tensors[key].shape)
-        if found != shape:
-            raise AdapterFileError(
-                key, expected=f"shape {shape}", got=f"{found}", advice="The file is damaged: save it again."
-            )

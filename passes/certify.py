@@ -26,7 +26,7 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate, Check
 from lora_fx.passes import onnx_files, onnx_parity
 from lora_fx.passes.certify_values import Pairs, value_checks
-from lora_fx.passes.onnx_adapter import adapter_weights, base_map
+from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_diff import Comparison, compare
 from lora_fx.passes.onnx_feeds import random_feeds
@@ -34,8 +34,8 @@ from lora_fx.passes.onnx_files import file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data, read_map
 from lora_fx.passes.onnx_runtime import Opened, Refused, open_pair
-from lora_fx.passes.onnx_subject import Weights
 from lora_fx.passes.onnx_tensors import same_tensor
+from lora_fx.passes.weights import Weights, adapter_weights
 from lora_fx.providers import Providers, Runtime, choose
 
 

@@ -13,8 +13,8 @@ from lora_fx.certificates import Check
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_patch import Patch, Patches, find_patches
-from lora_fx.passes.onnx_subject import Weights
 from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, same_bits, same_tensor
+from lora_fx.passes.weights import Weights
 
 Pairs = Sequence[tuple[ir.Value, ir.Value]]
 

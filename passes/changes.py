@@ -193,16 +193,17 @@ def _bounds(module: nn.Module, spec: SiteSpec, qualified: str) -> dict[str, floa
         low, high = torch.aminmax(tensor.detach())
         found[name] = max(abs(float(low)), abs(float(high)))
         if not math.isfinite(found[name]) or math.isnan(float(low)):
-            raise _not_finite(f"{qualified} ({name})")
+            raise not_finite(f"{qualified} ({name})")
     return found
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:
     if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-        raise _not_finite(where)
+        raise not_finite(where)
 
 
-def _not_finite(where: str) -> AdapterValueError:
+def not_finite(where: str) -> AdapterValueError:
+    """Return the error about an adapter, or an effective weight, that holds NaN or infinity."""
     return AdapterValueError(
         where,
         expected="finite values",
@@ -211,23 +212,22 @@ def _not_finite(where: str) -> AdapterValueError:
     )
 
 
-def refuse_rounded_away(found: Iterable[Change], least: float) -> None:
+def refuse_rounded_away(found: Iterable[tuple[str, str, float]], least: float) -> None:
     """Warn of deltas that a half precision rounds away in part; refuse those that it nearly loses.
+
+    ``found`` tells of every weight its name, its dtype, and the share of its delta that is retained.
 
     Raises:
         AdapterValueError: less than ``least`` of a delta is retained.
     """
-    lossy = sorted((c for c in found if c.retained < WARN_RETAINED), key=lambda c: c.retained)
+    lossy = sorted((each for each in found if each[2] < WARN_RETAINED), key=lambda each: each[2])
     if not lossy:
         return
-    worst = lossy[0]
-    dtype = str(worst.after.dtype).removeprefix("torch.")
-    got = (
-        f"{worst.retained:.0%} of the delta of {worst.names[0]} in {dtype}, and less than all of {len(lossy)}"
-    )
-    if worst.retained < least:
+    name, dtype, kept = lossy[0]
+    got = f"{kept:.0%} of the delta of {name} in {dtype}, and less than all of {len(lossy)}"
+    if kept < least:
         raise AdapterValueError(
-            worst.names[0],
+            name,
             expected=f"at least {least:.0%} of the delta to survive the weight's dtype",
             got=got,
             advice="Fold into the float32 base, or pass min_retained=0 to accept the loss.",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.fingerprints import dtype_name
 from lora_fx.passes.changes import Change, changes, refuse_rounded_away, sums_and_changes
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.remove import unload
@@ -160,7 +161,9 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
     refuse_fully_sharded(model, "fold", "Use lora_fx.folded here, or load the adapter file unsharded.")
     _, name = require(model, adapter)
     sums, others = sums_and_changes(model, name)
-    refuse_rounded_away(others.values(), min_retained)
+    refuse_rounded_away(
+        ((c.names[0], dtype_name(c.after), c.retained) for c in others.values()), min_retained
+    )
     unload(model)
     # Nothing below can fail: every value was checked, so the base is written to where it lies.
     with torch.no_grad():

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate
@@ -20,13 +19,16 @@ from lora_fx.errors import BaseMismatchError, ExportError
 from lora_fx.fingerprints import BaseCheck, differs
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import certify as prove
-from lora_fx.passes.onnx_adapter import adapter_weights, base_map
+from lora_fx.passes.extent import Extent
+from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_files import DataFile, Draft
 from lora_fx.passes.onnx_mapping import ParameterMap
-from lora_fx.passes.onnx_metadata import Extent, data_files, lossy_notes, write_folded
+from lora_fx.passes.onnx_metadata import data_files, lossy_notes, write_folded
 from lora_fx.passes.onnx_patch import Patch, find_patches
 from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto, refuse_onto_data
+from lora_fx.passes.weights import adapter_weights
+from lora_fx.progress import bytes_bar
 
 
 def fold_onnx(
@@ -128,7 +130,7 @@ def _write(
         plan = file.plan.to_json()
         write_folded(written, plan=plan, extents=extents, digest=digest, data=data, base_data=listed)
 
-    with _bar(sum(patch.base.nbytes for patch in patches), shown=progress) as told:
+    with bytes_bar(sum(patch.base.nbytes for patch in patches), shown=progress) as told:
         if base_data and changed:
             with _relocated(model, beside):
                 draft.write_split(model, changed, suffix="overlay", progress=told, finish=finish)
@@ -169,14 +171,3 @@ def _relocated(model: ir.Model, beside: Path) -> Generator[None]:
     finally:
         for value, tensor in before:
             value.const_value = tensor
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Generator[onnx_files.Progress | None]:
-    if not shown:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("folding", total=total)
-        yield lambda count: bar.advance(task, count)

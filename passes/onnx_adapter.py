@@ -1,4 +1,4 @@
-"""An adapter file as the ONNX passes see it: which weights it changes, and where a base holds them."""
+"""Where a base file holds the weights that an adapter file changes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_match import map_by_fingerprint
 from lora_fx.passes.onnx_metadata import read_map
-from lora_fx.passes.onnx_subject import Weights
-
-
-def adapter_weights(file: AdapterFile) -> Weights:
-    """Return which weights an adapter file changes, and its rule for each."""
-    names = [decision.name for decision in (*file.plan.adapted, *file.plan.trained)]
-    names += [*(extra.name for extra in file.plan.extras), *file.plan.buffers]
-    return Weights(tuple(names), file.effective, file.plan.to_json(), file.effective_band)
 
 
 def base_map(model: ir.Model, file: AdapterFile) -> ParameterMap:

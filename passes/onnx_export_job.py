@@ -24,13 +24,14 @@ from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
 from lora_fx.passes.certify_parity import FLOOR, parity_check
 from lora_fx.passes.examples import fresh
+from lora_fx.passes.extent import Extent
 from lora_fx.passes.onnx_base import make_base, make_graph
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_mapping import ParameterMap
 from lora_fx.passes.onnx_match import Parameters
-from lora_fx.passes.onnx_metadata import Extent, lossy_notes, read_map, write_base, write_folded
+from lora_fx.passes.onnx_metadata import lossy_notes, read_map, write_base, write_folded
 from lora_fx.passes.onnx_parity import feeds_for
 from lora_fx.passes.onnx_patch import find_patches
 from lora_fx.passes.onnx_program import DynamicShapes, Program, program

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from lora_fx.errors import AdapterValueError
+from lora_fx.passes.extent import Extent
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_files import DataFile, file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
@@ -24,42 +21,6 @@ CHANGES_KEY = "lora_fx.changes"
 DIGEST_KEY = "lora_fx.base_digest"
 DATA_KEY = "lora_fx.data"
 BASE_DATA_KEY = "lora_fx.base_data"
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much one weight was changed: ``|W0|``, ``|W - W0|``, and the share that its dtype kept."""
-
-    weight: float
-    delta: float
-    retained: float
-
-    @classmethod
-    def of(cls, before: Tensor, after: Tensor, stored: Tensor) -> Extent:
-        """Measure a change and what storing it in another dtype leaves of it.
-
-        ``retained`` is ``1 - |stored - cast(before) - delta| / |delta|``.
-        """
-        before, after = before.to(stored.device), after.to(stored.device)
-        delta = after.to(torch.float32) - before.to(torch.float32)
-        size = _norm(delta)
-        lost = 0.0
-        if size and stored.dtype != after.dtype:
-            kept = stored.to(torch.float32) - before.to(stored.dtype).to(torch.float32)
-            lost = _norm(kept - delta) / size
-        return cls(_norm(before), size, 1.0 - lost)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Extent]) -> Extent:
-        """Return the extent of a weight that was changed part by part."""
-        size = math.hypot(*(part.delta for part in parts))
-        lost = math.hypot(*((1.0 - part.retained) * part.delta for part in parts))
-        return cls(math.hypot(*(part.weight for part in parts)), size, 1.0 - (lost / size if size else 0.0))
-
-
-def _norm(tensor: Tensor) -> float:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor.to(wide)))
 
 
 def lossy_notes(extents: Mapping[str, Extent], *, least: float = 0.9) -> list[str]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError
+from lora_fx.passes.new_values import Observe, changed_in_bands, new_value
 from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe
-from lora_fx.passes.onnx_metadata import Extent
-from lora_fx.passes.onnx_subject import Weights
 from lora_fx.passes.onnx_tensors import as_torch, from_torch, shape_of
-
-BAND = 4 << 20
-"""Weights of more elements than this are changed in parts of about so many, in place."""
-
-Observe = Callable[[str, Extent], None]
-"""Told how much a weight was changed, by its name, when its new value is computed."""
+from lora_fx.passes.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -48,44 +40,22 @@ class Patch:
     def value(self, observe: Observe | None = None) -> Tensor:
         """Return the initializer's new value, of the same shape and dtype."""
         held = as_torch(self.base)
-        large = held.numel() > BAND and isinstance(self.base, ir.ExternalTensor)
+        own = isinstance(self.base, ir.ExternalTensor)  # read for this, and so ours to write into
         for step in self.steps:
-            if not large or not self._banded(step, held, observe):
+            if not own or not self._banded(step, held, observe):
                 held = self._stepped(step, held, observe)
         return held
 
     def _banded(self, step: Step, held: Tensor, observe: Observe | None) -> bool:
-        """Change a large weight where it lies, some entries of axis 0 at a time; False: it cannot be."""
-        recipe, band = step.recipe, self.weights.band
-        if band is None or recipe.runs is not None or recipe.scale is not None:
+        """Change a large weight where it lies; False: it cannot be."""
+        recipe = step.recipe
+        if recipe.runs is not None or recipe.scale is not None:
             return False
-        weight = recipe.restore(held, step.placement.shape)
-        count = max(1, BAND // max(1, weight[0].numel()))
-        extents: list[Extent] = []
-        for start in range(0, len(weight), count):
-            part = weight[start : start + count]
-            # The adapter's own rule adds in float32 and casts once; a wide W0 keeps that cast for below.
-            wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
-            after = band(step.name, wide, start)
-            if after is None:
-                return False
-            stored = after.to(part.dtype)
-            if observe is not None:
-                extents.append(Extent.of(wide, after, stored))
-            part.copy_(stored)
-        if observe is not None:
-            observe(step.name, Extent.joined(extents))
-        return True
+        return changed_in_bands(self.weights, step.name, recipe.restore(held, step.placement.shape), observe)
 
     def _stepped(self, step: Step, held: Tensor, observe: Observe | None) -> Tensor:
         before = step.recipe.restore(held, step.placement.shape).contiguous()
-        # The adapter's own rule adds in float32 and casts once; a wide W0 keeps that cast for below.
-        wide = before.to(torch.promote_types(before.dtype, torch.float32))
-        after = self.weights.effective(step.name, wide)
-        stored = after.to(before.dtype)
-        if observe is not None:
-            observe(step.name, Extent.of(wide, after, stored))
-        return step.recipe.apply(stored, held)
+        return step.recipe.apply(new_value(self.weights, step.name, before, observe), held)
 
     def lazy(self, observe: Observe | None = None) -> ir.LazyTensor:
         """Return the new value as a tensor that is computed when it is written, and not kept."""

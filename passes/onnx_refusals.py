@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_fx.errors import BaseMismatchError, ExportError
+from lora_fx.files import is_same
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, CHANGES_KEY, DATA_KEY, read_data
 
@@ -18,7 +19,7 @@ def refuse_onto(target: Path, source: Path, what: str) -> None:
     Raises:
         ExportError: both paths lead to the same file.
     """
-    if _same(target, source):
+    if is_same(target, source):
         raise ExportError(
             str(target),
             expected="a path of its own to write to",
@@ -57,9 +58,3 @@ def _data_paths(base: ir.Model, folder: Path) -> Iterable[Path]:
     yield from {Path(t.base_dir) / str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
     for key in (DATA_KEY, BASE_DATA_KEY):
         yield from (folder / file.name for file in read_data(base.metadata_props, key))
-
-
-def _same(one: Path, other: Path) -> bool:
-    if one.resolve() == other.resolve():
-        return True
-    return one.exists() and other.exists() and one.samefile(other)

@@ -19,10 +19,11 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.passes import onnx_files, onnx_session
 from lora_fx.passes.fold_onnx import check_base
-from lora_fx.passes.onnx_adapter import adapter_weights, base_map
+from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_patch import Patch, find_patches
 from lora_fx.passes.onnx_refusals import refuse_folded
 from lora_fx.passes.onnx_tensors import from_torch, ort_value
+from lora_fx.passes.weights import adapter_weights
 from lora_fx.providers import Runtime
 
 _KEPT = 8

@@ -7,34 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.passes.changes import Change, changes
 from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.runtime import injected
+from lora_fx.passes.weights import Weights
 
 State = Callable[[], AbstractContextManager[nn.Module]]
 """Gives a model in some state for the length of a ``with`` block: plain forwards, given weights."""
-
-Effective = Callable[[str, Tensor], Tensor]
-"""The effective weight ``W`` of a parameter, from its qualified base name and ``W0``."""
-
-
-Band = Callable[[str, Tensor, int], Tensor | None]
-"""Some entries of ``W`` along axis 0, from those of ``W0`` and the first one's number; None: needs more."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which base weights an adapter changes, by qualified name, and what it makes of each.
-
-    ``band`` makes a part of a weight from the same part of ``W0``, for weights that are large.
-    """
-
-    names: tuple[str, ...]
-    effective: Effective
-    plan: str | None = None
-    band: Band | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Plain: ``W = W0 + sum over parts of scale * B A``, each part on its own rows. Do
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,11 @@ def effective_band(
 ) -> Tensor | None:
     """Return ``W[start : start + n]`` from these entries of ``W0`` along axis 0, or None where it needs more.
 
-    Axis 0 of a weight is the rows of its matrix form, or of an embedding and its like the columns::
+    Axis 0 of a weight is the rows of its matrix form, of an embedding and its like the columns, and of
+    experts their number::
 
-        rows:     W0[i:j] + s B[i:j] A          columns:   W0[i:j] + s (B A[:, i:j])^T
+        rows:      W0[i:j] + s B[i:j] A         columns:   W0[i:j] + s (B A[:, i:j])^T
+        experts:   W0[i:j] + s B[i:j] A[i:j]
     """
     stop, shape = start + len(base), (len(base), *form.shape[1:])
     if form == rows_form(form.shape):
@@ -81,6 +85,10 @@ def effective_band(
     if len(shape) == 2 and form == columns_form(form.shape) and magnitude is None:
         cut = tuple(_columns_between(part, start, stop) for part in parts)
         return effective_weight(base, columns_form(shape), cut)
+    if form.batch == (0,) and form.view == form.shape:
+        cut = tuple(part._replace(a=part.a[start:stop], b=part.b[start:stop]) for part in parts)
+        held = None if magnitude is None else magnitude[start:stop]
+        return effective_weight(base, replace(form, shape=shape, view=shape), cut, held)
     return None
 
 

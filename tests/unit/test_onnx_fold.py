@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from lora_fx import fingerprints
+from lora_fx import progress as progress_module
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import BaseMismatchError, ExportError
 from lora_fx.fingerprints import fingerprint
 from lora_fx.kinds.base import LivePart, since_start
 from lora_fx.kinds.effective import effective_band, effective_weight
 from lora_fx.matrix import columns_form, rows_form
-from lora_fx.passes import fold_onnx as fold_module
-from lora_fx.passes import onnx_files, onnx_patch
+from lora_fx.passes import new_values, onnx_files
 from lora_fx.passes.certify import certify
 from lora_fx.passes.certify_values import ulps
 from lora_fx.passes.export_onnx import export_onnx
@@ -152,7 +152,7 @@ def test_large_weights_are_changed_in_parts(
     file = adapter(mixed, names, full=("head.weight",), dora=("p.weight",))
     wanted, found = tmp_path / "whole.onnx", tmp_path / "parts.onnx"
     assert fold_onnx(mixed_base, file, wanted, standalone=True).ok
-    monkeypatch.setattr(onnx_patch, "BAND", entries)
+    monkeypatch.setattr(new_values, "BAND", entries)
     assert fold_onnx(mixed_base, file, found, standalone=True).ok
     comparison = compare(onnx_files.load(wanted), onnx_files.load(found))
     assert comparison.difference is None
@@ -199,7 +199,7 @@ def test_progress_is_told_for_every_byte_of_the_changed_weights(
 ) -> None:
     told: list[tuple[float, int]] = []
 
-    class Bar(fold_module.Progress):
+    class Bar(progress_module.Progress):
         def add_task(self, description: str, **options: Any) -> Any:
             told.append((options["total"], 0))
             return super().add_task(description, **options)
@@ -208,7 +208,7 @@ def test_progress_is_told_for_every_byte_of_the_changed_weights(
             told.append((0, int(advance)))
             super().advance(task_id, advance)
 
-    monkeypatch.setattr(fold_module, "Progress", Bar)
+    monkeypatch.setattr(progress_module, "Progress", Bar)
     out = mixed_base.parent / "told.onnx"
     fold_onnx(mixed_base, mixed_adapter, out, progress=True, certify=False)
     external = sum(count for _, count in told)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lora_fx.errors import AdapterValueError, ExportError
 from lora_fx.passes.certify import certify
 from lora_fx.passes.export_onnx import export_onnx
+from lora_fx.passes.extent import Extent
 from lora_fx.passes.onnx_files import load
 from lora_fx.passes.onnx_mapping import ParameterMap
-from lora_fx.passes.onnx_metadata import Extent, read_changes, read_map
+from lora_fx.passes.onnx_metadata import read_changes, read_map
 from lora_fx.passes.onnx_tensors import as_torch
 from tests.unit.onnx_adapters import adapter, subject_with
 from tests.unit.onnx_models import Mixed, Tied, export, export_pair, made, subject
