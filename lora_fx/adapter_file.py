@@ -10,13 +10,15 @@ Tensors are named after the base weight that they change::
     <buffer>/buffer                         running statistics that moved, in their own shape
 
 The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
-``fingerprints`` (base weight -> shape, dtype, SHA-256), ``deltas`` (weight -> |W - W0| / |W0|) and
-``checksum``: the SHA-256 of the JSON object, keys sorted, of every tensor's shape, dtype and SHA-256. It is
-checked at each reading; a file without it is read all the same.
+``fingerprints`` (base weight -> shape, dtype, SHA-256), ``deltas`` (weight -> |W - W0| / |W0|),
+``checksum``: the SHA-256 of the JSON object, keys sorted, of every tensor's shape, dtype and SHA-256, and
+``header_checksum``: that of the JSON object, keys sorted, of all the texts before. Both are checked at each
+reading; a file without one is read all the same, as older versions wrote none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchError
+from lora_fx.errors import AdapterFileError, AdapterValueError, BaseMismatchError, NoAdapterFileError
 from lora_fx.files import atomic_write
 from lora_fx.fingerprints import BaseCheck, Fingerprint, checksum, differs
 from lora_fx.kinds.base import LivePart, LiveParts, since_start
@@ -77,6 +79,7 @@ class AdapterFile:
             "deltas": json.dumps(dict(self.deltas)),
             "checksum": checksum(tensors),
         }
+        metadata["header_checksum"] = _header_checksum(metadata)
         atomic_write(Path(path), safetensors.torch.save(tensors, metadata))
 
     @classmethod
@@ -95,6 +98,9 @@ class AdapterFile:
             raise _bad(path, f"format_version {version}", "Read it with the lora_fx that wrote it.")
         if metadata.get("checksum") not in (None, checksum(tensors)):
             raise _bad(path, "tensors that differ from the file's checksum", "Copy or save it again.")
+        if metadata.get("header_checksum") not in (None, _header_checksum(metadata)):
+            got = "a plan or fingerprints that differ from the file's checksum"
+            raise _bad(path, got, "It was changed after it was saved: copy or save it again.")
         try:
             prints = json.loads(metadata["fingerprints"])
             fingerprints = {k: Fingerprint.from_json(v) for k, v in prints.items()}
@@ -202,9 +208,20 @@ def tensor_key(weight: str, role: str | None, field: str) -> str:
     return f"{weight}/{field}" if role is None else f"{weight}/{role}/{field}"
 
 
+def _header_checksum(metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of what a header says, whatever other programs have added to it."""
+    names = ("format", "format_version", "plan", "fingerprints", "deltas", "checksum")
+    said = {name: metadata[name] for name in names if name in metadata}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    expected = f"a lora_fx adapter, format_version {FORMAT_VERSION}"
+    if path.is_dir():
+        advice = "Name the file in it; load_adapter alone reads peft's folders."
+        raise AdapterFileError(str(path), expected=expected, got="a folder", advice=advice)
     if not path.is_file():
-        raise _bad(path, "no such file", "Check the path.")
+        raise NoAdapterFileError(str(path), expected=expected, got="no such file", advice="Check the path.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -44,6 +44,10 @@ class PlanError(LoraFxError):
     """A plan does not fit the model, or cannot be read."""
 
 
+class NoPlanFileError(PlanError, FileNotFoundError):
+    """There is no such file of a plan."""
+
+
 class WrappedModelError(LoraFxError):
     """The model is already wrapped for DDP, FSDP or tensor parallelism, or by peft."""
 

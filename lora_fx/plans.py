@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.diffs import PlanDiff, diff_plans
-from lora_fx.errors import PlanError
+from lora_fx.errors import NoPlanFileError, PlanError
 from lora_fx.files import atomic_write
 from lora_fx.matrix import Rows, row_count
 from lora_fx.sites import Site, rows_from_json
@@ -236,8 +236,15 @@ class Plan:
 
         Raises:
             PlanError: the file holds no plan, or one of another version.
-            OSError: there is no such file.
+            NoPlanFileError: there is no such file.
         """
+        if not Path(path).is_file():
+            raise NoPlanFileError(
+                str(path),
+                expected="a file that Plan.save wrote",
+                got="no such file",
+                advice="Check the path.",
+            )
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter_file import AdapterFile
-from lora_fx.errors import BaseMismatchError, ExportError
+from lora_fx.errors import BaseMismatchError
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.passes import onnx_files, onnx_session
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data
@@ -37,8 +37,7 @@ def session(
         ProviderError: the provider asked for is not there, or the runtime fell back from it.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ExportError(str(path), expected="an ONNX file", got="no such file", advice="Check the path.")
+    onnx_files.require_file(file)
     runtime = choose(providers)
     if adapter is not None:
         return adapted_session(

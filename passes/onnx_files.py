@@ -22,7 +22,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, NoOnnxFileError
 from lora_fx.files import atomic_write, sync_folder
 from lora_fx.passes.onnx_canonical import all_initializers, all_nodes
 from lora_fx.passes.onnx_tensors import chunks, shape_of
@@ -53,8 +53,10 @@ def load(path: str | Path) -> ir.Model:
     """Read a model; weights in other files stay there until they are asked for.
 
     Raises:
-        ExportError: there is no such file, or it is not an ONNX model.
+        NoOnnxFileError: there is no such file.
+        ExportError: it is not an ONNX model.
     """
+    require_file(path)
     try:
         return ir.load(str(path))
     except Exception as error:  # protobuf and onnx_ir raise classes of their own
@@ -64,6 +66,23 @@ def load(path: str | Path) -> ir.Model:
             got=f"{type(error).__name__}: {error}",
             advice="Pass the path of a .onnx file that export_onnx wrote, or any other ONNX model.",
         ) from error
+
+
+def require_file(path: str | Path) -> None:
+    """Refuse a path where no file is.
+
+    Raises:
+        NoOnnxFileError: there is nothing of this name.
+        ExportError: it is a folder's.
+    """
+    place = Path(path)
+    if place.is_dir():
+        advice = "Name the file in it."
+        raise ExportError(str(path), expected="an ONNX file", got="a folder", advice=advice)
+    if not place.is_file():
+        raise NoOnnxFileError(
+            str(path), expected="an ONNX file", got="no such file", advice="Check the path."
+        )
 
 
 def strip(model: ir.Model) -> None:
@@ -187,7 +206,14 @@ class Draft:
 
 @contextmanager
 def draft(path: Path) -> Generator[Draft]:
-    """Give a draft of a file; unless it is published, nothing of it is left."""
+    """Give a draft of a file; unless it is published, nothing of it is left.
+
+    Raises:
+        ExportError: the path is a folder's.
+    """
+    if path.is_dir():
+        advice = "Name a file in it."
+        raise ExportError(str(path), expected="a file's path to write to", got="a folder", advice=advice)
     path.parent.mkdir(parents=True, exist_ok=True)
     made = Draft(path, path.parent / f".{path.stem}.{secrets.token_hex(6)}.draft.onnx")
     try:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.audits import Audit, audit_plan
-from lora_fx.errors import AdapterFileError
+from lora_fx.errors import AdapterFileError, NoAdapterFileError
 from lora_fx.passes.extent import deltas
 from lora_fx.passes.switch import require
 from lora_fx.peft_files import PeftFolder
@@ -48,7 +48,7 @@ def _of_onnx(path: Path) -> Audit:
     from lora_fx.passes.onnx_metadata import PLAN_KEY, read_changes
 
     if not path.is_file():
-        raise AdapterFileError(
+        raise NoAdapterFileError(
             str(path), expected="an ONNX file", got="no such file", advice="Check the path."
         )
     metadata = load(path).metadata_props

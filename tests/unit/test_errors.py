@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import safetensors
 import torch
+from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
 
 import lora_fx
 from lora_fx import Policy, Rule
+from lora_fx.fingerprints import checksum
 
 X = torch.randn(3, 6)
 
@@ -171,15 +175,48 @@ def test_one_flipped_bit_of_the_data_is_noticed(tmp_path: Path) -> None:
     watch.check()
 
 
+@pytest.mark.parametrize("key", ["plan", "fingerprints", "deltas", "checksum"])
+def test_a_changed_header_is_noticed(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2, alpha=2)), X), path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if key == "checksum":
+        # Other tensors with a checksum that fits them, under the header of these.
+        tensors["0.weight/B"] += 1
+        metadata["checksum"] = checksum(tensors)
+    else:
+        texts = {"plan": ('"scale": 1.0', '"scale": 2.0'), "fingerprints": ("float32", "float64")}
+        old, new = texts.get(key, ("0.0", "0.5"))
+        assert old in metadata[key]
+        metadata[key] = metadata[key].replace(old, new)
+    save_file(tensors, path, metadata)
+    subject = model()
+    watch = _Untouched(subject)
+    with pytest.raises(lora_fx.AdapterFileError, match=r"a\.safetensors.*plan or fingerprints that differ"):
+        lora_fx.load_adapter(subject, path)
+    watch.check()
+    # A note that another program added is none of ours.
+    lora_fx.save_adapter(lora_fx.inject(subject, Policy(Rule(rank=2)), X), path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"author": "somebody"})
+    assert lora_fx.load_adapter(model(), path)[0].weight.shape == (8, 6)
+
+
 def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2)), X), path)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert len(metadata.pop("checksum")) == 64
-    save_file(tensors, path, metadata)
-    assert lora_fx.load_adapter(model(), path)[0].weight.shape == (8, 6)
+    # The version before wrote one of the tensors alone, the one before that none.
+    for name in ("header_checksum", "checksum"):
+        assert len(metadata.pop(name)) == 64
+        save_file(tensors, path, metadata)
+        assert lora_fx.load_adapter(model(), path)[0].weight.shape == (8, 6)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
@@ -447,3 +484,42 @@ def test_warnings_point_at_the_line_that_called() -> None:
         with pytest.warns(UserWarning, match=text) as warned:
             call()
         assert {(w.filename, w.lineno) for w in warned} == {(__file__, call.__code__.co_firstlineno)}
+
+
+def test_what_is_not_there_is_a_named_error_and_a_file_not_found(tmp_path: Path) -> None:
+    base, adapter, folded = (tmp_path / name for name in ("base.onnx", "a.safetensors", "folded.onnx"))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [value], [out])
+    for path in (base, folded):
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    lora_fx.save_adapter(lora_fx.inject(model(), Policy(Rule(rank=2)), X), adapter)
+    none = tmp_path / "none.onnx"
+    calls: list[Callable[[Path], Any]] = [
+        lambda path: lora_fx.fold_onnx(path, adapter, tmp_path / "x.onnx"),
+        lambda path: lora_fx.fold_onnx(base, path, tmp_path / "x.onnx"),
+        lambda path: lora_fx.certify(path, folded),
+        lambda path: lora_fx.certify(base, path),
+        lambda path: lora_fx.certify(base, folded, adapter=path),
+        lora_fx.session,
+        lambda path: lora_fx.session(base, adapter=path),
+        lambda path: lora_fx.compare_latency(path, base, seconds=0.1),
+        lambda path: lora_fx.compare_latency(base, path, seconds=0.1),
+        lora_fx.audit,
+        lambda path: lora_fx.load_adapter(model(), path),
+        lambda path: lora_fx.fold_checkpoint(path, adapter, tmp_path / "x"),
+        lambda path: lora_fx.fold_checkpoint(adapter, path, tmp_path / "x"),
+        lora_fx.Plan.load,
+    ]
+    for number, call in enumerate(calls):
+        with pytest.raises(lora_fx.LoraFxError, match=r"none\.onnx: expected .*; got no such file") as said:
+            call(none)
+        assert isinstance(said.value, FileNotFoundError), number
+        assert "Errno" not in str(said.value)
+        again = pickle.loads(pickle.dumps(said.value))
+        assert (type(again), str(again)) == (type(said.value), str(said.value))
+    nothing = lora_fx.AdapterFile(lora_fx.Plan(()), {}, {})
+    for call in (*calls[:9], lambda path: lora_fx.fold_onnx(base, nothing, path)):
+        with pytest.raises(lora_fx.LoraFxError, match="a folder"):
+            call(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["a.safetensors", "base.onnx", "folded.onnx"]
