@@ -24,11 +24,12 @@ from lora_fx.passes.onnx_canonical import all_initializers, all_nodes
 from lora_fx.passes.onnx_content import subgraphs, tensor_hash
 from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe
-from lora_fx.passes.onnx_match import Found, Parameters, find_placements
+from lora_fx.passes.onnx_match import Found, Parameters, find_placements, held_as_they_are
 from lora_fx.passes.onnx_program import Program
 from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, from_torch, same_bits, same_tensor
 
 Placements = dict[str, Placement]
+Values = dict[str, Tensor]
 
 _MOST_GROUPS = 8
 
@@ -91,14 +92,9 @@ class _Base:
     def with_traces(self, unclear: Sequence[str], model: ir.Model, found: Found) -> tuple[ir.Model, Found]:
         """Return a graph in which parameters are to be found that left no clear trace for their values."""
         values = {name: _arbitrary(self.value(name), seed) for seed, name in enumerate(unclear)}
-        graph, traced = self._found_with(values)
-        kept = {name: value for name, value in values.items() if traced.known(name)}
-        if not kept:
+        graph, traced, kept = self._traceable(values, model)
+        if not kept or not all(traced.known(name) for name in kept):
             return model, found
-        if len(kept) < len(values):
-            graph, traced = self._found_with(kept)
-            if not all(traced.known(name) for name in kept):
-                return model, found
         restored = {name: self._put_back(graph, traced.placements[name], name) for name in kept}
         if not _holds_only(graph, model, {r.initializer for p in restored.values() for r in p.recipes}):
             return model, found
@@ -107,10 +103,53 @@ class _Base:
         true = find_placements(graph, self.parameters)
         return graph, Found({**true.placements, **restored}, true.ambiguous - set(kept))
 
-    def _found_with(self, values: Mapping[str, Tensor]) -> tuple[ir.Model, Found]:
+    def _traceable(self, values: Values, model: ir.Model) -> tuple[ir.Model, Found, Values]:
+        """Return the graph and what is found in it with those of the values that leave a clear trace.
+
+        Parameters that are computed into one constant hide each other (the biases of a convolution and
+        of its normalisation). Where the constant is dropped for their true values, those that are used
+        alike are tried without the others.
+        """
+        whole, traced = self._found_with(values, model)
+        kept = {name: value for name, value in values.items() if traced.known(name)}
+        if len(kept) == len(values):
+            return whole, traced, kept
+        graph, traced = self._found_with(kept, model) if kept else (model, Found({}))
+        for group in self._used_alike([name for name in values if name not in kept]):
+            if compare(whole, graph).difference is None:
+                break
+            alone = self._found_with({**kept, **{name: values[name] for name in group}}, model)[1]
+            tried = {**kept, **{name: values[name] for name in group if alone.known(name)}}
+            if len(tried) == len(kept):
+                continue
+            made = self._found_with(tried, model)
+            if all(made[1].known(name) for name in tried):
+                (graph, traced), kept = made, tried
+        return graph, traced, kept
+
+    def _used_alike(self, names: Sequence[str]) -> list[list[str]]:
+        """Part parameters by the operators that use them, and as which operand."""
+        groups: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for name in names:
+            uses = self.program.model.graph.initializers[self.used[name]].uses()
+            groups.setdefault(tuple(sorted((u.node.op_type, u.idx) for u in uses)), []).append(name)
+        return list(groups.values())
+
+    def _found_with(self, values: Values, model: ir.Model) -> tuple[ir.Model, Found]:
+        """Optimise with some arbitrary values; return the graph, and where it holds the parameters.
+
+        A constant that the graph of the true values lacks needs no name to be known by: nothing else
+        holds such values.
+        """
         graph = self.optimised(values)
         changed = {n: (values.get(n, value), names) for n, (value, names) in self.parameters.items()}
-        return graph, find_placements(graph, changed)
+        found = find_placements(graph, changed)
+        lost = {n: value for n, value in values.items() if found.placements[n].status == "absent"}
+        added = [v for name, v in graph.graph.initializers.items() if name not in model.graph.initializers]
+        placements = {**found.placements}
+        for name, recipe in held_as_they_are(lost, added).items():
+            placements[name] = replace(placements[name], recipes=(recipe,))
+        return graph, Found(placements, found.ambiguous)
 
     def _put_back(self, graph: ir.Model, placement: Placement, name: str) -> Placement:
         """Put a parameter's true value into a graph that was made with another."""

@@ -61,6 +61,20 @@ def find_placements(model: ir.Model, parameters: Parameters) -> Found:
     return Found(placements, frozenset(ambiguous))
 
 
+def held_as_they_are(values: Mapping[str, Tensor], initializers: Iterable[ir.Value]) -> dict[str, Recipe]:
+    """Return which of the values an initializer holds bit for bit, whatever it is called."""
+    found: dict[str, Recipe] = {}
+    for initializer in initializers if values else ():
+        tensor = initializer.const_value
+        if tensor is None or not can_hold_weights(tensor):
+            continue
+        held = as_torch(tensor)
+        for name, value in values.items():
+            if same_bits(value, held):
+                found[name] = Recipe(initializer.name or "", tuple(held.shape), dtype_name(tensor))
+    return found
+
+
 def map_by_fingerprint(model: ir.Model, fingerprints: Mapping[str, Fingerprint]) -> ParameterMap:
     """Return where a file of any make holds the weights of these fingerprints, as they are or transposed."""
     wanted = {(stored.shape, stored.dtype) for stored in fingerprints.values()}

@@ -95,6 +95,42 @@ def test_a_normalisation_trained_beside_its_convolution(tmp_path: Path) -> None:
     assert "computes from W of bn.bias, bn.weight" in certificate["derived"].detail
 
 
+class Untrained(nn.Module):
+    """Normalisations as they start, whose fused biases are zeros: beside no bias, and beside one of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bare, self.bare_bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.zero, self.zero_bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.up, self.up_bn = nn.ConvTranspose2d(4, 4, 2, bias=False), nn.BatchNorm2d(4)
+        self.full, self.full_bn = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bare_bn(self.bare(x)))
+        x = torch.relu(self.zero_bn(self.zero(x)))
+        return self.full_bn(self.full(self.up_bn(self.up(x)).mean((2, 3))))
+
+
+BIASES = tuple(name for name, _ in Untrained().named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("bare.weight", "up.weight", *BIASES), id="every-bias"),
+        pytest.param(("bare.weight", "zero_bn.bias"), id="one-bias"),
+        pytest.param(("bare_bn.weight", "up.weight", "full_bn.bias"), id="optimised-anew"),
+    ],
+)
+def test_a_bias_trained_from_zero_in_a_fused_normalisation(names: tuple[str, ...], tmp_path: Path) -> None:
+    base, _, certificate = export_pair(made(Untrained), names, torch.randn(2, 3, 8, 8), tmp_path)
+    assert certificate.ok
+    found = labels(base)
+    assert {found[name] for name in BIASES if name != "zero.bias"} == {"identity"}
+    assert found["zero.bias"] == "opaque"
+
+
 class Hidden(nn.Module):
     """A weight used plainly, and again in a way that leaves another initializer behind."""
 
