@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.passes.flow import Flow, Link
+from lora_fx.passes.op_groups import WHOLE_ATTENTION
 
 
 def stems(flow: Flow) -> Iterator[Link]:
@@ -35,7 +36,12 @@ def heads(flow: Flow) -> Iterator[tuple[Link, bool]]:
                 found[call] = found.get(call, True) and bypassed
     for call in flow.calls:
         if call in found:
-            yield from ((link, found[call]) for link in flow.links[call])
+            yield from ((link, found[call]) for link in flow.links[call] if not _has_more_behind(call, link))
+
+
+def _has_more_behind(call: fx.Node, link: Link) -> bool:
+    """Whether a call multiplies what this weight makes with another weight before it returns."""
+    return call.meta.get("op") in WHOLE_ATTENTION and "o" not in link.site.roles
 
 
 def _with_site_below(flow: Flow) -> set[fx.Node]:

@@ -152,3 +152,19 @@ def test_a_plain_network_has_ends_only() -> None:
         nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1)
     )
     assert roles_of(model, X) == {"0.weight": {"stem": None}, "2.weight": {}, "4.weight": {"head": None}}
+
+
+def test_of_a_whole_attention_at_the_end_only_what_makes_the_output_is_a_head() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            attended: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return attended
+
+    found = roles_of(Last(), torch.randn(2, 5, 16))
+    assert found["attention.in_proj_weight"] == {"q": ((0, 16),), "k": ((16, 32),), "v": ((32, 48),)}
+    assert found["attention.out_proj.weight"] == {"o": None, "head": None}

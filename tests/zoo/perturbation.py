@@ -3,7 +3,8 @@
 A change of the rows named ``q`` alone must change the query of the attentions that they feed and nothing
 else of them; likewise ``k`` and ``v``; each end of each range by itself must change its operand; and rows
 of the same weight that are named none of these must change none. The recorded calls are run again from
-the weight's call, on a random input, up to the operands; other weights' results stay what they were.
+the weight's call, on a random input, up to the operands; other weights' results stay what they were. A
+call that is a whole attention (``multi_head_attention_forward``) is looked into (``inside_calls``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from lora_fx.passes.attention import find_attentions
 from lora_fx.passes.attention_operands import Orientation, behind_depthwise, is_depthwise
 from lora_fx.passes.feeding_rows import mask_of
 from lora_fx.passes.flow import Flow, Link, is_floating, parameter_of, sources_above
+from lora_fx.passes.op_groups import WHOLE_ATTENTION
 from lora_fx.passes.trace import Trace
 from lora_fx.sites import Site
 from tests.whole_replay import call, node_values
+from tests.zoo.inside_calls import operands_inside
 
 OPERANDS = ("q", "k", "v")
 Operands = Mapping[str, tuple[fx.Node, ...]]
@@ -69,27 +72,36 @@ def perturb(trace: Trace, sites: tuple[Site, ...]) -> Perturbed:
         for change in _changes(flow, operands):
             wanted[change.key] = change.wanted
             changed.setdefault(change.key, set()).update(_changed(flow, values, operands, change))
+    whole = [node for node in flow.calls if node.meta.get("op") in WHOLE_ATTENTION]
+    for maker in whole:
+        for change in _changes_at(flow, maker, set(OPERANDS)):
+            wanted[change.key] = change.wanted
+            changed[change.key] = _changed_inside(flow, values, change)
     failures = [
         f"{what} of {site} at {call}: {sorted(changed[key])} changed, not {sorted(wanted[key])}"
         for key in wanted
         for call, site, what in [key]
         if changed[key] != wanted[key]
     ]
-    return Perturbed(len(attentions), len(wanted), tuple(failures))
+    return Perturbed(len(attentions) + len(whole), len(wanted), tuple(failures))
 
 
 def _changes(flow: Flow, operands: Operands) -> Iterator[_Change]:
     for maker, feeds in _makers(flow, operands).items():
-        for link in flow.links[maker]:
-            roles = {r: mask_of(link.site.roles[r], link.site.form) for r in OPERANDS if r in link.site.roles}
-            # A shared weight may make another operand elsewhere.
-            here = {role: mask for role, mask in roles.items() if role in feeds}
-            for what, rows in _row_sets(here):
-                wanted = frozenset(role for role, mask in here.items() if bool((mask & rows).any()))
-                yield _Change(maker, link, what, rows, wanted)
-            others = ~torch.stack(list(roles.values())).any(0) if roles else torch.zeros(1)
-            if bool(others.any()):
-                yield _Change(maker, link, "what is not named", others, frozenset())
+        yield from _changes_at(flow, maker, feeds)
+
+
+def _changes_at(flow: Flow, maker: fx.Node, feeds: set[str]) -> Iterator[_Change]:
+    for link in flow.links[maker]:
+        roles = {r: mask_of(link.site.roles[r], link.site.form) for r in OPERANDS if r in link.site.roles}
+        # A shared weight may make another operand elsewhere.
+        here = {role: mask for role, mask in roles.items() if role in feeds}
+        for what, rows in _row_sets(here):
+            wanted = frozenset(role for role, mask in here.items() if bool((mask & rows).any()))
+            yield _Change(maker, link, what, rows, wanted)
+        others = ~torch.stack(list(roles.values())).any(0) if roles else torch.zeros(1)
+        if bool(others.any()):
+            yield _Change(maker, link, "what is not named", others, frozenset())
 
 
 def _makers(flow: Flow, operands: Operands) -> dict[fx.Node, set[str]]:
@@ -123,13 +135,45 @@ def _changed(flow: Flow, values: Mapping[fx.Node, Any], operands: Operands, chan
     }
 
 
+def _changed_inside(flow: Flow, values: Mapping[fx.Node, Any], change: _Change) -> set[str]:
+    """Return the operands inside a call that differ between a weight as it is and with other rows."""
+    before, after = (
+        operands_inside(
+            change.maker, {**values, **_drawn(change.maker, values), **_other(values, change, rows)}
+        )
+        for rows in (torch.zeros_like(change.rows), change.rows)
+    )
+    return {role for role in OPERANDS if _differ(before[role], after[role])}
+
+
+def _drawn(maker: fx.Node, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Tensor]:
+    """Draw a whole attention's query, key and value: one tensor where they are one."""
+    given = [*maker.args[:3], *(maker.kwargs.get(name) for name in ("query", "key", "value"))]
+    return {node: _random_like(values[node]) for node in given if isinstance(node, fx.Node)}
+
+
+def _other(values: Mapping[fx.Node, Any], change: _Change, rows: Tensor) -> dict[fx.Node, Any]:
+    """Return a weight with other values in some rows, and what is made of it on the way to its call."""
+    weights = _reads(change.link)
+    new = {node: _with_other_rows(values[node], change.link.site, rows) for node in weights}
+    chain = _between(weights, change.link.weight)
+    for node in change.maker.graph.nodes:
+        if node in chain and node not in new and any(n in new for n in node.all_input_nodes):
+            new[node] = call(node, {**values, **new})
+    return new
+
+
+def _reads(link: Link) -> list[fx.Node]:
+    names = {link.site.name, *link.site.names}
+    return [node for node in sources_above(link.weight) if parameter_of(node) in names]
+
+
 def _rerun(
     flow: Flow, values: Mapping[fx.Node, Any], change: _Change, rows: Tensor, last: int
 ) -> dict[fx.Node, Any]:
     """Run a weight's call on a random input, with other values in some rows, and what follows it."""
     link, maker = change.link, change.maker
-    names = {link.site.name, *link.site.names}
-    weights = [node for node in sources_above(link.weight) if parameter_of(node) in names]
+    weights = _reads(link)
     new = {node: _with_other_rows(values[node], link.site, rows) for node in weights}
     chain = _between(weights, link.weight)
     drawn = {node: _random_like(values[node]) for node in flow.inputs(maker) if is_floating(node)}

@@ -1,8 +1,8 @@
 """Run the zoo: a process per model, with a limit in seconds; every row goes into a file of JSON lines.
 
 ``python -m tests.zoo.run --out artifacts/zoo/rows.jsonl [--match timm/*] [--workers 2]``; with ``--onnx``
-the ONNX files are measured instead, into a file of their own. Rows that the file already holds are not
-measured again.
+the ONNX files are measured instead, with ``--roles`` the roles are perturbed, each into a file of its own.
+Rows that the file already holds are not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from tests import conftest  # noqa: F401 - torchvision, where its operators do n
 from tests.zoo.catalogue import names
 from tests.zoo.measure import Row, measure
 from tests.zoo.measure_onnx import measure_onnx
+from tests.zoo.measure_roles import measure_roles
+
+MEASURES: dict[str, Callable[..., Row]] = {
+    "stages": measure,
+    "onnx": measure_onnx,
+    "roles": measure_roles,
+}
+"""What can be measured of a model; a row of other than ``stages`` holds what was found under that name."""
 
 
 def rows(path: Path) -> list[Row]:
@@ -31,12 +40,16 @@ def rows(path: Path) -> list[Row]:
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for row in found:
-        if not row["failed"] and "onnx" not in row and "verify" not in row["seconds"]:
+        if not row["failed"] and _cut_short(row):
             row["failed"]["forward"] = "did not end"
     return list({row["name"]: row for row in found}.values())
 
 
-def run(todo: list[str], out: Path, *, onnx: bool, workers: int, limit: float) -> None:
+def _cut_short(row: Row) -> bool:
+    return not MEASURES.keys() & row.keys() and "verify" not in row["seconds"]
+
+
+def run(todo: list[str], out: Path, *, what: str, workers: int, limit: float) -> None:
     """Measure these models, at most ``workers`` at a time, each at most ``limit`` seconds."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(todo), dict[Connection, _Worker]()
@@ -44,7 +57,7 @@ def run(todo: list[str], out: Path, *, onnx: bool, workers: int, limit: float) -
     with out.open("a", encoding="utf-8") as file:
         while waiting or running:
             while waiting and len(running) < workers:
-                worker = _Worker(context, waiting.pop(0), onnx)
+                worker = _Worker(context, waiting.pop(0), what)
                 running[worker.receiver] = worker
             for receiver in wait(list(running), timeout=1.0):
                 running[receiver].read()  # type: ignore[index]
@@ -59,11 +72,11 @@ def run(todo: list[str], out: Path, *, onnx: bool, workers: int, limit: float) -
 class _Worker:
     """One forked process and the last row that it told."""
 
-    def __init__(self, context: Any, name: str, onnx: bool) -> None:
+    def __init__(self, context: Any, name: str, what: str) -> None:
         self.receiver, sender = context.Pipe(duplex=False)
         self.row: Row = {"name": name, "seconds": {}, "failed": {"build": "did not start"}}
         self.started, self.ended = time.monotonic(), False
-        self.process = context.Process(target=_work, args=(name, onnx, sender), daemon=True)
+        self.process = context.Process(target=_work, args=(name, what, sender), daemon=True)
         self.process.start()
         sender.close()
 
@@ -85,7 +98,7 @@ class _Worker:
             self.row["failed"][stage] = (
                 f"did not end in {limit:.0f} s" if late else f"died ({self.process.exitcode})"
             )
-        if "onnx" not in self.row and "verify" not in self.row["seconds"] and not self.row["failed"]:
+        if not self.row["failed"] and _cut_short(self.row):
             self.row["failed"]["forward"] = "did not end" if late else "died"
         self.receiver.close()
         return {
@@ -95,9 +108,9 @@ class _Worker:
         }
 
 
-def _work(name: str, onnx: bool, sender: Connection) -> None:
+def _work(name: str, what: str, sender: Connection) -> None:
     try:
-        (measure_onnx if onnx else measure)(name, tell=sender.send)
+        MEASURES[what](name, tell=sender.send)
     except BaseException:  # noqa: BLE001 - told to the parent
         sender.send({"name": name, "seconds": {}, "failed": {"harness": traceback.format_exc()[-600:]}})
     finally:
@@ -111,7 +124,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--match", nargs="*", default=["*"])
     parser.add_argument("--names", type=Path, help="a file with one name a line")
-    parser.add_argument("--onnx", action="store_true", help="measure the ONNX files, and nothing else")
+    other = parser.add_mutually_exclusive_group()
+    for what, words in (("onnx", "measure the ONNX files"), ("roles", "perturb the roles")):
+        other.add_argument(
+            f"--{what}", dest="what", action="store_const", const=what, default="stages", help=words
+        )
     parser.add_argument(
         "--again", choices=("built", "all"), help="measure failed rows again: those that built, all"
     )
@@ -122,7 +139,7 @@ def main() -> None:
     known = {row["name"] for row in rows(given.out) if not _due(row, given.again)}
     listed = names() if given.names is None else given.names.read_text(encoding="utf-8").split()
     todo = [n for n in listed if n not in known and any(fnmatch.fnmatch(n, m) for m in given.match)]
-    run(todo, given.out, onnx=given.onnx, workers=given.workers, limit=given.limit)
+    run(todo, given.out, what=given.what, workers=given.workers, limit=given.limit)
 
 
 def _due(row: Row, again: str | None) -> bool:

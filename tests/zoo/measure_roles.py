@@ -1,0 +1,94 @@
+"""What the roles ask of one model of the zoo: every attention stands perturbation, and nothing is unnamed unsaid.
+
+What may have been overlooked is looked for without the role pass's own idea of an attention: every
+softmax of the recorded run that no attention was found around, and every module whose class is called
+an attention but of whose weights none is a query, a key, a value or an output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import fx, nn
+
+from lora_fx.passes.attention import find_attentions
+from lora_fx.passes.flow import Flow
+from lora_fx.passes.match import match
+from lora_fx.passes.op_groups import SOFTMAX
+from lora_fx.passes.roles import assign_roles
+from lora_fx.passes.softmax import softmax_of
+from lora_fx.passes.trace import Trace, trace
+from lora_fx.sites import Site
+from tests.zoo.catalogue import Built, build
+from tests.zoo.measure import Row, Subject
+from tests.zoo.perturbation import perturb
+
+CALLED_ATTENTION = re.compile(r"atten|attn|mhsa|mhca", re.IGNORECASE)
+INNER = frozenset({"q", "k", "v", "o"})
+
+
+def measure_roles(name: str, *, tell: Callable[[Row], None] = lambda row: None) -> Row:
+    """Return one row: what was found, what perturbation says of it, and what was left unnamed."""
+    row: Row = {"name": name, "seconds": {}, "failed": {}, "roles": {}}
+    subject = Subject(row, tell)
+    built: Built | None = subject.stage("build", lambda: build(name))
+    if built is None:
+        return row
+    model, inputs = built
+    row["class"] = type(model).__name__
+    with torch.no_grad():
+        traced: Trace | None = subject.stage("trace", lambda: trace(model, inputs))
+        if traced is None:
+            return row
+        sites: tuple[Site, ...] | None = subject.stage("roles", lambda: assign_roles(traced, match(traced)))
+        if sites is None:
+            return row
+        subject.stage("perturb", lambda: _perturb(traced, sites, row))
+        subject.stage("overlooked", lambda: _overlooked(model, traced, sites, row))
+    return row
+
+
+def _perturb(traced: Trace, sites: tuple[Site, ...], row: Row) -> None:
+    found = perturb(traced, sites)
+    roles = Counter(role for site in sites for role in site.roles)
+    row["roles"].update(
+        attentions=found.attentions,
+        perturbations=found.perturbations,
+        failures=list(found.failures),
+        sites=len(sites),
+        named=sum(bool(site.roles) for site in sites),
+        found=dict(roles),
+        unstable=[s.name for s in sites if any("rows differ" in note for note in s.notes)],
+    )
+    assert not found.failures, f"{len(found.failures)} perturbations: {found.failures[0]}"
+
+
+def _overlooked(model: nn.Module, traced: Trace, sites: Sequence[Site], row: Row) -> None:
+    flow = Flow(traced.graph, sites)
+    attentions = find_attentions(flow)
+    known = {attention.node for attention in attentions}
+    lone = [n for n in traced.graph.nodes if n not in known and n not in flow.links and _is_softmax(n, flow)]
+    row["roles"]["softmaxes"] = dict(Counter(_home(n) for n in lone))
+    row["roles"]["classes"] = dict(Counter(_unnamed(model, sites)))
+
+
+def _is_softmax(node: fx.Node, flow: Flow) -> bool:
+    return node.meta.get("op") in SOFTMAX or softmax_of(node, flow) is not None
+
+
+def _home(node: fx.Node) -> str:
+    """Say where a call was made, numbers left out, so that blocks are counted together."""
+    return re.sub(r"\d+", "*", str(node.meta.get("module", "")))
+
+
+def _unnamed(model: nn.Module, sites: Sequence[Site]) -> Iterator[str]:
+    """Yield, by class and attributes, the modules called attentions none of whose weights has such a role."""
+    for path, module in model.named_modules():
+        inside = [s for s in sites if any(name.startswith(f"{path}.") for name in (s.name, *s.names))]
+        if CALLED_ATTENTION.search(type(module).__name__) and inside and path:
+            if not any(site.roles.keys() & INNER for site in inside):
+                names = sorted({re.sub(r"\d+", "*", s.name[len(path) + 1 :]) for s in inside})
+                yield f"{type(module).__name__}: {', '.join(names)}"
