@@ -25,6 +25,10 @@ class Operands:
     k: tuple[fx.Node, ...]
     v: tuple[fx.Node, ...]
 
+    def named(self) -> tuple[tuple[str, tuple[fx.Node, ...]], ...]:
+        """Return each role with its nodes."""
+        return (("q", self.q), ("k", self.k), ("v", self.v))
+
 
 @dataclass
 class Orientation:

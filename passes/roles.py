@@ -104,7 +104,7 @@ def _name_attention(
     ledger: _Ledger, flow: Flow, feeding: Feeding, attention: Attention, operands: Operands
 ) -> None:
     named: dict[str, list[Feed]] = {}
-    for role, nodes in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
+    for role, nodes in operands.named():
         named[role] = [feed for node in nodes for feed in feeds_of(flow, feeding, node)]
     named = _without_streams(flow, feeding, named)
     for role, feeds in named.items():

@@ -1,8 +1,9 @@
-"""What the roles ask of one model of the zoo: every attention stands perturbation, and nothing is unnamed unsaid.
+"""What the roles ask of one model of the zoo: that every attention stands perturbation.
 
 What may have been overlooked is looked for without the role pass's own idea of an attention: every
 softmax of the recorded run that no attention was found around, and every module whose class is called
-an attention but of whose weights none is a query, a key, a value or an output.
+an attention but of whose weights none is a query, a key, a value or an output. Besides, the operands of
+attentions that no weight of that role makes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from lora_fx.passes.attention import find_attentions
+from lora_fx.passes.attention import Attention, find_attentions
+from lora_fx.passes.attention_operands import Orientation, behind_depthwise
 from lora_fx.passes.flow import Flow
 from lora_fx.passes.match import match
 from lora_fx.passes.op_groups import SOFTMAX
@@ -69,14 +71,26 @@ def _perturb(traced: Trace, sites: tuple[Site, ...], row: Row) -> None:
 def _overlooked(model: nn.Module, traced: Trace, sites: Sequence[Site], row: Row) -> None:
     flow = Flow(traced.graph, sites)
     attentions = find_attentions(flow)
+    flow.follow_veins({node: through for attention in attentions for node, through in attention.veins})
     known = {attention.node for attention in attentions}
     lone = [n for n in traced.graph.nodes if n not in known and n not in flow.links and _is_softmax(n, flow)]
     row["roles"]["softmaxes"] = dict(Counter(_home(n) for n in lone))
+    row["roles"]["bare"] = dict(Counter(_bare(flow, attentions)))
     row["roles"]["classes"] = dict(Counter(_unnamed(model, sites)))
 
 
 def _is_softmax(node: fx.Node, flow: Flow) -> bool:
     return node.meta.get("op") in SOFTMAX or softmax_of(node, flow) is not None
+
+
+def _bare(flow: Flow, attentions: Sequence[Attention]) -> Iterator[str]:
+    """Yield the operands of attentions that no weight of that role makes."""
+    orientation = Orientation(flow)
+    for attention in attentions:
+        for role, nodes in orientation.operands(attention).named():
+            makers = [behind_depthwise(flow, m) or m for node in nodes for m in flow.makers(node)]
+            if not any(role in link.site.roles for maker in makers for link in flow.links[maker]):
+                yield f"{role} in {_home(attention.node)}"
 
 
 def _home(node: fx.Node) -> str:
@@ -88,7 +102,7 @@ def _unnamed(model: nn.Module, sites: Sequence[Site]) -> Iterator[str]:
     """Yield, by class and attributes, the modules called attentions none of whose weights has such a role."""
     for path, module in model.named_modules():
         inside = [s for s in sites if any(name.startswith(f"{path}.") for name in (s.name, *s.names))]
-        if CALLED_ATTENTION.search(type(module).__name__) and inside and path:
-            if not any(site.roles.keys() & INNER for site in inside):
-                names = sorted({re.sub(r"\d+", "*", s.name[len(path) + 1 :]) for s in inside})
-                yield f"{type(module).__name__}: {', '.join(names)}"
+        bare = not any(site.roles.keys() & INNER for site in inside)
+        if path and inside and bare and CALLED_ATTENTION.search(type(module).__name__):
+            names = sorted({re.sub(r"\d+", "*", s.name[len(path) + 1 :]) for s in inside})
+            yield f"{type(module).__name__}: {', '.join(names)}"

@@ -67,8 +67,7 @@ def perturb(trace: Trace, sites: tuple[Site, ...]) -> Perturbed:
     wanted: dict[tuple[str, str, str], frozenset[str]] = {}
     changed: dict[tuple[str, str, str], set[str]] = {}
     for attention in attentions:
-        found = orientation.operands(attention)
-        operands = dict(zip(OPERANDS, (found.q, found.k, found.v), strict=True))
+        operands = dict(orientation.operands(attention).named())
         for change in _changes(flow, operands):
             wanted[change.key] = change.wanted
             changed.setdefault(change.key, set()).update(_changed(flow, values, operands, change))
