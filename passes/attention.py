@@ -18,7 +18,14 @@ from torch import fx
 
 from lora_fx.kinds.base import shape_of
 from lora_fx.passes.flow import Flow, is_floating
-from lora_fx.passes.op_groups import FUSED_ATTENTION, HEAD_MIXING, PRODUCTS, SOFTMAX, TRANSPARENT_TO_SCORES
+from lora_fx.passes.op_groups import (
+    FUSED_ATTENTION,
+    HEAD_MIXING,
+    PRODUCTS,
+    SCALINGS,
+    SOFTMAX,
+    TRANSPARENT_TO_SCORES,
+)
 from lora_fx.passes.softmax import softmax_of
 
 
@@ -65,7 +72,9 @@ class Attention:
     @property
     def veins(self) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
         """The calls through which values flow by some arguments only, with those arguments."""
-        yield from ((output, (value,)) for output, value in zip(self.outputs, self.values, strict=True))
+        for output, value in zip(self.outputs, self.values, strict=True):
+            # Of a product by multiply-and-sum it is the multiplication that takes the value.
+            yield output if value in output.all_input_nodes else output.all_input_nodes[0], (value,)
         if not self.fused:
             yield self.node, ()
 
@@ -78,12 +87,38 @@ def find_attentions(flow: Flow) -> tuple[Attention, ...]:
 
 def product_of(node: fx.Node, flow: Flow) -> Product | None:
     """Return a node as a product of two activations, or None where it is none."""
-    first = PRODUCTS.get(node.meta.get("op", ""))
+    op = node.meta.get("op", "")
+    if op == "sum" or op in SCALINGS:
+        return _summed_product(node, flow)
+    first = PRODUCTS.get(op)
     if first is None or node in flow.links:
         return None
     operands = [n for n in _flat(node.args[first:]) if is_floating(n)]
     operands += [n for key, n in node.kwargs.items() if isinstance(n, fx.Node) and key != "out"]
     return Product(node, operands[0], operands[1]) if len(operands) >= 2 else None
+
+
+def _summed_product(node: fx.Node, flow: Flow) -> Product | None:
+    """Return the product of which a node is the multiplication or the sum: ``(left * right).sum(dim)``.
+
+    Both factors must come of weights, and one is spread over the other: what multiplies a value by
+    scalars or by its own shape, and sums afterwards, is gating, a norm or a pooling.
+    """
+    total = node if node.meta.get("op") == "sum" else next(iter(node.users), node)
+    times = total.all_input_nodes[0] if total.all_input_nodes else node
+    if total.meta.get("op") != "sum" or times.meta.get("op") not in SCALINGS or len(times.users) != 1:
+        return None
+    factors = [n for n in times.args if isinstance(n, fx.Node) and is_floating(n) and flow.reach[n]]
+    dims = total.kwargs.get("dim", total.args[1] if len(total.args) > 1 else None)
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if len(factors) != 2 or len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    left, right = factors
+    spread = shape_of(left) != shape_of(right) or any(n.meta.get("op") in _SPREADING for n in factors)
+    return Product(total, left, right) if spread else None
+
+
+_SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "repeat_interleave", "broadcast_to"})
 
 
 def _flat(value: object) -> Iterator[fx.Node]:
@@ -210,7 +245,7 @@ def _weighted(flow: Flow, softmax: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[
             if product is not None and node in product.factors:
                 seen.add(user)
                 values.append(product.right if product.left is node else product.left)
-                outputs.append(user)
+                outputs.append(product.node)
             elif user in flow.links:
                 if _mixed_product(flow, user) is not None and node in _around(flow, user):
                     seen.add(user)

@@ -171,6 +171,23 @@ def baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(p, v).view(-1, HEADS, LENGTH, DIM)
 
 
+def multiplied_and_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / math.sqrt(DIM)
+    return (t.softmax(-1).unsqueeze(-1) * v.unsqueeze(-3)).sum(dim=-2)
+
+
+def summed_scores_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    t = (k.unsqueeze(-2).expand(2, HEADS, LENGTH, LENGTH, DIM) * q.unsqueeze(-3)).sum((-1,))
+    return t.transpose(-1, -2).softmax(-1) @ v
+
+
+def neighbours_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position looks at itself and the two before it."""
+    k, v = (F.pad(t, (0, 0, 2, 0)).unfold(2, 3, 1).mT for t in (k, v))
+    p = (q.unsqueeze(3) * k).sum(-1).softmax(-1)
+    return (p.unsqueeze(-1) * v).sum(3)
+
+
 def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = [torch.mm(q[b, h], k[b, h].t()).softmax(1).mm(v[b, h]) for b in range(2) for h in range(HEADS)]
     return torch.stack(heads).view(2, HEADS, LENGTH, DIM)
@@ -225,7 +242,8 @@ def by_a_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 SPELLINGS: tuple[Core, ...] = (
     largest_taken_off, normalised_late, times_the_inverse, one_over_the_sum, with_epsilon, clamped, in_place,
     masked_by_a_factor, one_more_in_the_sum, of_a_logarithm, less_logsumexp, block_by_block,
-    cast_and_dropped, highest_scores_alone, keys_first, values_first, einsums, baddbmm, head_by_head,
+    cast_and_dropped, highest_scores_alone, keys_first, values_first, einsums, baddbmm, multiplied_and_summed,
+    summed_scores_alone, neighbours_alone, head_by_head,
     some_queries_at_a_time, with_a_sink, rotated_by_complex_numbers, rotated_in_place, flex,
     inside_torchscript, by_a_kernel,
 )  # fmt: skip
@@ -277,9 +295,15 @@ def attention_free(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.sigmoid(q) * (e * v).sum(2, keepdim=True) / e.sum(2, keepdim=True)
 
 
+def pooled_by_a_gate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No product of query and key: a softmax of what one value says of itself."""
+    return v * ((q * k).sum(-1, keepdim=True).softmax(2) * v).sum(2, keepdim=True)
+
+
 @pytest.mark.parametrize(
     "core",
     [
+        pooled_by_a_gate,
         linear_attention,
         random_features,
         efficient_attention,

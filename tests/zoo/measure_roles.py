@@ -76,7 +76,11 @@ def _overlooked(model: nn.Module, traced: Trace, sites: Sequence[Site], row: Row
     lone = [n for n in traced.graph.nodes if n not in known and n not in flow.links and _is_softmax(n, flow)]
     row["roles"]["softmaxes"] = dict(Counter(_home(n) for n in lone))
     row["roles"]["bare"] = dict(Counter(_bare(flow, attentions)))
-    row["roles"]["classes"] = dict(Counter(_unnamed(model, sites)))
+    classes, unreached = Counter[str](), Counter[str]()
+    for kind, inside in _bare_modules(model, sites):
+        reached = sorted({re.sub(r"\d+", "*", name) for name, site in inside.items() if site.uses})
+        (classes if reached else unreached)[f"{kind}: {', '.join(reached)}" if reached else kind] += 1
+    row["roles"].update(classes=dict(classes), unreached=dict(unreached))
 
 
 def _is_softmax(node: fx.Node, flow: Flow) -> bool:
@@ -98,11 +102,14 @@ def _home(node: fx.Node) -> str:
     return re.sub(r"\d+", "*", str(node.meta.get("module", "")))
 
 
-def _unnamed(model: nn.Module, sites: Sequence[Site]) -> Iterator[str]:
-    """Yield, by class and attributes, the modules called attentions none of whose weights has such a role."""
+def _bare_modules(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, dict[str, Site]]]:
+    """Yield the modules called attentions of whose weights none has such a role: class, weights inside."""
+    last = "\0"
     for path, module in model.named_modules():
-        inside = [s for s in sites if any(name.startswith(f"{path}.") for name in (s.name, *s.names))]
-        bare = not any(site.roles.keys() & INNER for site in inside)
-        if path and inside and bare and CALLED_ATTENTION.search(type(module).__name__):
-            names = sorted({re.sub(r"\d+", "*", s.name[len(path) + 1 :]) for s in inside})
-            yield f"{type(module).__name__}: {', '.join(names)}"
+        kind = type(module).__name__
+        if not path or path.startswith(f"{last}.") or not CALLED_ATTENTION.search(kind):
+            continue
+        names = {name[len(path) + 1 :]: s for s in sites for name in s.names if name.startswith(f"{path}.")}
+        if names and not any(site.roles.keys() & INNER for site in names.values()):
+            last = path
+            yield kind, names

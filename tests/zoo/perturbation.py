@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,9 +69,14 @@ def perturb(trace: Trace, sites: tuple[Site, ...]) -> Perturbed:
     changed: dict[tuple[str, str, str], set[str]] = {}
     for attention in attentions:
         operands = dict(orientation.operands(attention).named())
-        for change in _changes(flow, operands):
-            wanted[change.key] = change.wanted
-            changed.setdefault(change.key, set()).update(_changed(flow, values, operands, change))
+        last = max(flow.order[node] for nodes in operands.values() for node in nodes)
+        for _, changes in groupby(_changes(flow, operands), lambda c: (c.maker, c.link.site.name)):
+            before: dict[fx.Node, Any] = {}
+            for change in changes:
+                before = before or _rerun(flow, values, change, torch.zeros_like(change.rows), last)
+                after = _rerun(flow, values, change, change.rows, last)
+                wanted[change.key] = change.wanted
+                changed.setdefault(change.key, set()).update(_differing(operands, before, after))
     whole = [node for node in flow.calls if node.meta.get("op") in WHOLE_ATTENTION]
     for maker in whole:
         for change in _changes_at(flow, maker, set(OPERANDS)):
@@ -121,12 +127,8 @@ def _row_sets(roles: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield f"row {row}, of {role},", single
 
 
-def _changed(flow: Flow, values: Mapping[fx.Node, Any], operands: Operands, change: _Change) -> set[str]:
-    """Return the operands that differ between a weight as it is and with other rows."""
-    last = max(flow.order[node] for nodes in operands.values() for node in nodes)
-    none = torch.zeros_like(change.rows)
-    before = _rerun(flow, values, change, none, last)
-    after = _rerun(flow, values, change, change.rows, last)
+def _differing(operands: Operands, before: Mapping[fx.Node, Any], after: Mapping[fx.Node, Any]) -> set[str]:
+    """Return the operands that differ between two runs, one with a weight as it is, one with other rows."""
     return {
         role
         for role, nodes in operands.items()
