@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ def replayed(trace: Trace) -> Any:
     return map_arg(output.args[0], values.__getitem__)
 
 
-def node_values(trace: Trace) -> dict[fx.Node, Any]:
-    """Return what every node of the recorded graph computes."""
+def node_values(
+    trace: Trace, instead: Callable[[fx.Node, Exception], Any] | None = None
+) -> dict[fx.Node, Any]:
+    """Return what every node of the recorded graph computes; ``instead`` answers for a call that fails."""
     inputs = dict(named_inputs(trace.model, trace.args, trace.kwargs))
     weights = {
         **dict(trace.model.named_parameters(remove_duplicate=False)),
@@ -37,7 +39,12 @@ def node_values(trace: Trace) -> dict[fx.Node, Any]:
             elif node.op == "get_attr":
                 values[node] = weights[node.target] if node.target in weights else node.meta["value"]
             elif node.op != "output":
-                values[node] = call(node, values)
+                try:
+                    values[node] = call(node, values)
+                except Exception as error:
+                    if instead is None:
+                        raise
+                    values[node] = instead(node, error)
     return values
 
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from lora_fx.passes.attention import Attention, find_attentions
 from lora_fx.passes.attention_operands import Orientation, behind_depthwise
-from lora_fx.passes.flow import Flow
+from lora_fx.passes.flow import Flow, Link
 from lora_fx.passes.match import match
 from lora_fx.passes.op_groups import SOFTMAX
 from lora_fx.passes.roles import assign_roles
@@ -76,6 +76,7 @@ def _overlooked(model: nn.Module, traced: Trace, sites: Sequence[Site], row: Row
     lone = [n for n in traced.graph.nodes if n not in known and n not in flow.links and _is_softmax(n, flow)]
     row["roles"]["softmaxes"] = dict(Counter(_home(n) for n in lone))
     row["roles"]["bare"] = dict(Counter(_bare(flow, attentions)))
+    row["roles"]["beside"] = dict(Counter(_beside(flow, attentions)))
     classes, unreached = Counter[str](), Counter[str]()
     for kind, inside in _bare_modules(model, sites):
         reached = sorted({re.sub(r"\d+", "*", name) for name, site in inside.items() if site.uses})
@@ -89,12 +90,26 @@ def _is_softmax(node: fx.Node, flow: Flow) -> bool:
 
 def _bare(flow: Flow, attentions: Sequence[Attention]) -> Iterator[str]:
     """Yield the operands of attentions that no weight of that role makes."""
+    for attention, role, makers in _operands(flow, attentions):
+        if not any(role in link.site.roles for link in makers):
+            yield f"{role} in {_home(attention.node)}"
+
+
+def _beside(flow: Flow, attentions: Sequence[Attention]) -> Iterator[str]:
+    """Yield the weights that an operand is made of besides those of its role, and that have no remark."""
+    for _, role, makers in _operands(flow, attentions):
+        if any(role in link.site.roles for link in makers):
+            for site in (link.site for link in makers):
+                if not site.roles and not site.notes:
+                    yield f"{role}: {re.sub(r'[0-9]+', '*', site.name)}"
+
+
+def _operands(flow: Flow, attentions: Sequence[Attention]) -> Iterator[tuple[Attention, str, list[Link]]]:
     orientation = Orientation(flow)
     for attention in attentions:
         for role, nodes in orientation.operands(attention).named():
             makers = [behind_depthwise(flow, m) or m for node in nodes for m in flow.makers(node)]
-            if not any(role in link.site.roles for maker in makers for link in flow.links[maker]):
-                yield f"{role} in {_home(attention.node)}"
+            yield attention, role, [link for maker in makers for link in flow.links[maker]]
 
 
 def _home(node: fx.Node) -> str:

@@ -64,7 +64,7 @@ def perturb(trace: Trace, sites: tuple[Site, ...]) -> Perturbed:
     attentions = find_attentions(flow)
     flow.follow_veins({node: through for attention in attentions for node, through in attention.veins})
     orientation = Orientation(flow)
-    values = node_values(trace)
+    values = node_values(trace, _seeing_all)
     wanted: dict[tuple[str, str, str], frozenset[str]] = {}
     changed: dict[tuple[str, str, str], set[str]] = {}
     for attention in attentions:
@@ -89,6 +89,13 @@ def perturb(trace: Trace, sites: tuple[Site, ...]) -> Perturbed:
         if changed[key] != wanted[key]
     ]
     return Perturbed(len(attentions) + len(whole), len(wanted), tuple(failures))
+
+
+def _seeing_all(node: fx.Node, error: Exception) -> Tensor:
+    """Return ones for a mask made under vmap, which is recorded for one row and cannot be run again."""
+    if is_floating(node):
+        raise error
+    return torch.ones(node.meta["shape"], dtype=node.meta["dtype"])
 
 
 def _changes(flow: Flow, operands: Operands) -> Iterator[_Change]:
