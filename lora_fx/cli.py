@@ -10,12 +10,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from rich.console import Console
 
 import lora_fx
-from lora_fx.errors import CertificateError, LoraFxError, PeftFormatError
+from lora_fx.errors import CertificateError, CheckpointError, LoraFxError, PeftFormatError
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.peft_files import is_peft_folder
 
@@ -70,11 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _command(certify, _certify)
 
-    fold = commands.add_parser("fold", help="write BASE with ADAPTER folded in to OUT, and prove it")
-    fold.add_argument("base", metavar="BASE", help="the base model's ONNX file")
+    fold = commands.add_parser("fold", help="write BASE with ADAPTER folded in to OUT (ONNX: and prove it)")
+    fold.add_argument(
+        "base", metavar="BASE", help="the base model's ONNX file, safetensors file, or folder of the latter"
+    )
     fold.add_argument("adapter", metavar="ADAPTER", help="a file that save_adapter wrote")
-    fold.add_argument("out", metavar="OUT", help="the ONNX file to write")
-    fold.add_argument("--standalone", action="store_true", help="one that does not need the base's data")
+    fold.add_argument("out", metavar="OUT", help="the file, or the folder, to write")
+    fold.add_argument("--standalone", action="store_true", help="an ONNX file that needs no other")
     fold.add_argument(
         "--base-check",
         choices=get_args(BaseCheck),
@@ -126,13 +129,27 @@ def _fold(args: argparse.Namespace) -> int:
             got="a peft folder, which says nothing about its base",
             advice="Load it into its model with load_adapter and save it with save_adapter.",
         )
+    shown = sys.stderr.isatty() and not args.json
+    if Path(args.base).is_dir() or Path(args.base).suffix == ".safetensors":
+        if args.standalone:
+            raise CheckpointError(
+                args.base,
+                expected="an ONNX file, with --standalone",
+                got="a checkpoint, which always stands alone when it is folded",
+                advice="Leave the option out.",
+            )
+        audit = lora_fx.fold_checkpoint(
+            args.base, args.adapter, args.out, base_check=args.base_check, progress=shown
+        )
+        _show(audit, args)
+        return FINE
     made = lora_fx.fold_onnx(
         args.base,
         args.adapter,
         args.out,
         standalone=args.standalone,
         base_check=args.base_check,
-        progress=sys.stderr.isatty() and not args.json,
+        progress=shown,
     )
     _show(made, args)
     return FINE

@@ -15,9 +15,11 @@ import pytest
 import torch
 from hypothesis import Phase, event, given, note, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.passes.fold import base_only
 from tests.property import checks
 from tests.property.building import build, policy_of
 from tests.property.specs import FAMILIES, Family, models, policies
@@ -112,7 +114,21 @@ def check_file(model: nn.Module, plain: nn.Module, x: Tensor) -> None:
         path = Path(folder) / "adapter.safetensors"
         lora_fx.save_adapter(model, path)
         lora_fx.load_adapter(plain, path, trainable=True)
+        check_checkpoint(plain, path)
     checks.assert_same_bits(checks.run(plain, x), checks.run(model, x))
+
+
+def check_checkpoint(model: nn.Module, adapter: Path) -> None:
+    """What a file makes of the base's checkpoint on disk is what folding makes of the model."""
+    base, out = adapter.parent / "base.safetensors", adapter.parent / "folded.safetensors"
+    other = copy.deepcopy(model)
+    with base_only(other):
+        save_file({name: tensor.clone() for name, tensor in other.state_dict().items()}, base)
+    lora_fx.fold_checkpoint(base, adapter, out)
+    found, wanted = load_file(out), lora_fx.fold(other).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        checks.assert_same_bits(found[name], tensor)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
@@ -156,6 +157,27 @@ def test_fold_of_a_peft_folder_says_what_to_do(files, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert main(["fold", *paths(files, "base.onnx"), str(tmp_path), str(tmp_path / "x.onnx")]) == 2
     assert "save_adapter" in capsys.readouterr().err
+
+
+def test_fold_of_a_checkpoint(files, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = Net().eval()
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    adapter = str(files / "task.safetensors")
+    asked = ["fold", str(tmp_path / "base"), adapter, str(tmp_path / "out")]
+    assert main([*asked, "--json"]) == 0
+    [row] = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["action"] == "adapt"]
+    assert row["delta"] > 0
+    lora_fx.fold(lora_fx.load_adapter(model, adapter))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["first.weight"], model.first.weight)
+    single = str(tmp_path / "base" / "model.safetensors")
+    assert main(["fold", single, adapter, str(tmp_path / "out.safetensors")]) == 0
+    assert "first.weight" in capsys.readouterr().out
+    for more, message in (([], "empty"), (["--standalone"], "standalone")):
+        assert main([*asked, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["fold"], ["no-such-command"]])
