@@ -10,7 +10,8 @@ Tensors are named after the base weight that they change::
     <buffer>/buffer                         running statistics that moved, in their own shape
 
 The header's metadata holds ``format`` ("lora_fx"), ``format_version``, ``plan`` (the Plan as JSON)
-``fingerprints`` (base weight -> shape, dtype, SHA-256), ``deltas`` (weight -> |W - W0| / |W0|),
+``fingerprints`` (base weight -> shape, dtype, SHA-256), ``deltas`` (weight -> |W - W0| / |W0|), where there
+are some ``ties`` (parameter or buffer beside the sites -> its other names; a site has its own in the plan),
 ``checksum``: the SHA-256 of the JSON object, keys sorted, of every tensor's shape, dtype and SHA-256, and
 ``header_checksum``: that of the JSON object, keys sorted, of all the texts before. Both are checked at each
 reading; a file without one is read all the same, as older versions wrote none.
@@ -45,12 +46,16 @@ FROZEN_STARTS = ("orthogonal", "pissa", "olora")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter outside of any model: its plan, the base it belongs to, its tensors."""
+    """An adapter outside of any model: its plan, the base it belongs to, its tensors.
+
+    ``ties`` are the other names of trained parameters and buffers that are no sites.
+    """
 
     plan: Plan
     fingerprints: Mapping[str, Fingerprint]
     tensors: Mapping[str, Tensor]
     deltas: Mapping[str, float] = field(default_factory=dict[str, float])
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
 
     def write(self, path: str | Path) -> None:
         """Write the file: under a temporary name in the same folder, synced, renamed.
@@ -79,6 +84,8 @@ class AdapterFile:
             "deltas": json.dumps(dict(self.deltas)),
             "checksum": checksum(tensors),
         }
+        if self.ties:
+            metadata["ties"] = json.dumps({name: list(names) for name, names in self.ties.items()})
         metadata["header_checksum"] = _header_checksum(metadata)
         atomic_write(Path(path), safetensors.torch.save(tensors, metadata))
 
@@ -105,10 +112,11 @@ class AdapterFile:
             prints = json.loads(metadata["fingerprints"])
             fingerprints = {k: Fingerprint.from_json(v) for k, v in prints.items()}
             plan = Plan.from_json(metadata["plan"])
+            ties = {str(k): tuple(v) for k, v in json.loads(metadata.get("ties", "{}")).items()}
             deltas = {str(k): float(v) for k, v in json.loads(metadata["deltas"]).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise _bad(path, f"a damaged header ({error})", "Save the adapter again.") from error
-        found = cls(plan, fingerprints, tensors, deltas)
+        found = cls(plan, fingerprints, tensors, deltas, ties)
         wanted = [*found.expected_shapes(), *(tensor_key(name, None, "buffer") for name in plan.buffers)]
         missing = [key for key in wanted if key not in tensors]
         if missing:
@@ -210,7 +218,7 @@ def tensor_key(weight: str, role: str | None, field: str) -> str:
 
 def _header_checksum(metadata: Mapping[str, str]) -> str:
     """Return the SHA-256 of what a header says, whatever other programs have added to it."""
-    names = ("format", "format_version", "plan", "fingerprints", "deltas", "checksum")
+    names = ("format", "format_version", "plan", "fingerprints", "deltas", "ties", "checksum")
     said = {name: metadata[name] for name in names if name in metadata}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from lora_fx.fingerprints import BaseCheck, Fingerprint, fingerprint
 from lora_fx.passes.extent import deltas
 from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
 from lora_fx.passes.norms import refuse_converted
-from lora_fx.passes.registers import module_at
+from lora_fx.passes.registers import module_at, own_buffers, own_parameters, plain
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
 from lora_fx.passes.sharded import Gathered, fill, reshard, whole
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -38,7 +38,19 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
         module, attribute = _owner(model, buffer)
         prints[buffer] = _fingerprint(record, buffer, module, attribute)
     on_meta = any(tensor.device.type == "meta" for tensor in tensors.values())
-    return AdapterFile(plan, prints, tensors, {} if on_meta else deltas(model, name))
+    ties = _ties(model, [*(e.name for e in plan.extras), *plan.buffers])
+    return AdapterFile(plan, prints, tensors, {} if on_meta else deltas(model, name), ties)
+
+
+def _ties(model: nn.Module, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the other names of these parameters and buffers, of those that have some."""
+    every: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
+            if tensor is not None:
+                every.setdefault(id(tensor), []).append(plain(f"{path}.{attribute}" if path else attribute))
+    found = {name: tied for tied in every.values() if len(tied) > 1 for name in tied}
+    return {name: tuple(n for n in found[name] if n != name) for name in names if name in found}
 
 
 def _held(held: tuple[Owner, ...]) -> tuple[nn.Module, str]:

@@ -57,7 +57,8 @@ def changed_names(file: AdapterFile) -> dict[str, tuple[str, ...]]:
     """Return every name of each parameter and buffer that an adapter file changes, by the plan's own."""
     plan = file.plan
     sites = {d.name: tuple(dict.fromkeys((d.name, *d.site.names))) for d in (*plan.adapted, *plan.trained)}
-    return sites | {name: (name,) for name in (*(extra.name for extra in plan.extras), *plan.buffers)}
+    beside = (*(extra.name for extra in plan.extras), *plan.buffers)
+    return sites | {name: (name, *file.ties.get(name, ())) for name in beside}
 
 
 def _under_a_prefix(

@@ -172,6 +172,33 @@ def test_a_tied_weight_under_each_of_its_names(names: tuple[str, ...], tmp_path:
     assert_same(load_file(tmp_path / "out.safetensors"), wanted)
 
 
+class Twice(nn.Module):
+    """One block under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        self.again = nn.ModuleList([self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again[0](self.first(x))
+
+
+def test_a_module_under_two_names_is_changed_under_both(tmp_path: Path) -> None:
+    model = seeded(Twice)
+    base = state(model)
+    policy = Policy(Rule(kind="linear", rank=2), bias="all", norm_stats="train")
+    lora_fx.inject(model, policy, X, seed=0)
+    randomise(model)
+    model.train()(X)
+    model.eval()
+    check(model, base, tmp_path)
+    folded = load_file(tmp_path / "out.safetensors")
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.num_batches_tracked"):
+        assert torch.equal(folded[f"again.0.{name}"], folded[f"first.{name}"])
+        assert not torch.equal(folded[f"first.{name}"], base[f"first.{name}"])
+
+
 def trained(size: float = 0.1, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))).to(dtype)
     base = state(model)
