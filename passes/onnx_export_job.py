@@ -83,8 +83,8 @@ class ExportJob:
             floats = {p.dtype for p in model.parameters() if p.dtype in FLOOR}
         return min(floats, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps), default=torch.float32)
 
-    def program(self) -> Program:
-        """Return the unoptimised graph of the base, translated at the first call."""
+    def program(self, like: ir.Model | None = None) -> Program:
+        """Return the unoptimised graph of the base, translated at the first call, ``like`` an earlier one."""
         if self._program is None:
             with self.base() as model:
                 self._program = program(
@@ -92,6 +92,7 @@ class ExportJob:
                     self.cast_inputs(),
                     dynamic_shapes=self.options.dynamic_shapes,
                     opset=self.options.target(self.dtype()),
+                    like=like,
                 )
         return self._program
 
@@ -219,7 +220,7 @@ class ExportJob:
             for name, change in self.subject.changes.items()
             for each in (name, *change.names)
         }
-        made = self.program()
+        made = self.program(like=base)
         values = {name: value for name, value in changed.items() if name in made.names}
         parameters = {n: (changed.get(n, value), names) for n, (value, names) in self.parameters().items()}
         folded = make_graph(made.holding(values), parameters)

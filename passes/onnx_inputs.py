@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError
@@ -54,12 +53,16 @@ def batch_size(inputs: Inputs) -> int | None:
     return max(sizes, key=sizes.count) if sizes else None
 
 
-def with_batch(inputs: Inputs, size: int) -> Inputs:
-    """Return the inputs with the batch repeated or cut to ``size``."""
+def with_batch(inputs: Inputs, size: int, only: Container[int] | None = None) -> Inputs:
+    """Return the inputs with the batch repeated or cut to ``size``; ``only``: at these positions."""
     batch = batch_size(inputs)
+    positions = iter(range(len(tensors(inputs))))
 
     def resize(tensor: Tensor) -> Tensor:
+        position = next(positions)
         if not tensor.dim() or tensor.shape[0] != batch or not batch:
+            return tensor
+        if only is not None and position not in only:
             return tensor
         return tensor.repeat(-(-size // batch), *[1] * (tensor.dim() - 1))[:size].contiguous()
 
@@ -84,31 +87,6 @@ def varying(inputs: Inputs, *, sequence: bool) -> Axes:
         if sequence and tensor.dim() in (2, 3):
             found.add((position, 1))
     return frozenset(found)
-
-
-def dynamic_shapes_of(model: nn.Module, inputs: Inputs, axes: Axes) -> dict[str, Any]:
-    """Return the varying dimensions in the form that ``torch.export`` takes.
-
-    ``Dim.AUTO`` makes static what the model does not allow to vary.
-    """
-    positions = iter(range(len(tensors(inputs))))
-
-    def dims(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        position = next(positions)
-        return {axis: Dim.AUTO for where, axis in axes if where == position}
-
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*inputs[0], **inputs[1])
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        spec = pytree.tree_map(dims, value)
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named |= spec
-        else:
-            named[name] = spec
-    return named
 
 
 def with_length(inputs: Inputs, axes: Axes) -> Inputs:

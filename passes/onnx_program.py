@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import itertools
-import logging
 import re
-import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
+from lora_fx.passes.onnx_axes import Groups, batches, dynamic_shapes_of, name_axes, not_free, same_symbols
 from lora_fx.passes.onnx_canonical import all_nodes
-from lora_fx.passes.onnx_inputs import Axes, batch_size, dynamic_shapes_of, varying, with_batch, with_length
+from lora_fx.passes.onnx_inputs import Axes, batch_size, varying, with_batch
+from lora_fx.passes.onnx_quiet import quiet
 from lora_fx.passes.onnx_subject import Inputs
 from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
 
@@ -104,20 +101,26 @@ def _mend_types(model: ir.Model) -> None:
 
 
 def program(
-    model: nn.Module, inputs: Inputs, *, dynamic_shapes: DynamicShapes | None, opset: int | None
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    dynamic_shapes: DynamicShapes | None,
+    opset: int | None,
+    like: ir.Model | None = None,
 ) -> Program:
     """Translate a model as it stands (eval mode, plain forwards) to an unoptimised ONNX graph.
 
     Without ``dynamic_shapes`` the batch and, for inputs of two or three dimensions, the sequence may
     vary where the model allows it; where translation fails so, less and less may vary, and a note
-    says so.
+    says so. Inputs that the model wants in the same batch are given one dimension, unless ``like``, an
+    earlier export that the new one is to equal, gave them several.
 
     Raises:
         ExportError: the model cannot be translated, with the exporter's own reason.
     """
     notes: list[str] = []
     last: Exception | None = None
-    for attempt in _attempts(inputs, dynamic_shapes):
+    for attempt in _attempts(model, inputs, dynamic_shapes, like):
         try:
             program = _attempted(model, attempt, opset, notes)
             program.prepare()
@@ -159,26 +162,34 @@ class _Attempt:
     inputs: Inputs
     given: DynamicShapes | None = None
     axes: Axes = frozenset()
+    batches: Groups = ()
 
 
-def _attempts(inputs: Inputs, given: DynamicShapes | None) -> Iterator[_Attempt]:
+def _attempts(
+    model: nn.Module, inputs: Inputs, given: DynamicShapes | None, like: ir.Model | None
+) -> Iterator[_Attempt]:
     if given is not None:
         yield _Attempt("the given dynamic shapes", inputs, given)
         return
     # A dimension of size 1 may be taken for a constant: record with a batch of two.
     widened = with_batch(inputs, 2) if batch_size(inputs) == 1 else inputs
     batch, sequence = varying(widened, sequence=False), varying(widened, sequence=True)
-    if sequence != batch:
-        yield _Attempt("a varying batch and sequence", widened, axes=sequence)
-    if batch:
-        yield _Attempt("a varying batch", widened, axes=batch)
+    shared = batches(model, widened, batch)
+    if like is not None and not same_symbols(shared, like.graph):
+        shared = ()
+    tried = [("a varying batch and sequence", sequence)] if sequence != batch else []
+    tried += [("a varying batch", batch)] if batch else []
+    for name, axes in tried:
+        if shared:
+            yield _Attempt(f"{name}, the same batch in several inputs", widened, axes=axes, batches=shared)
+        yield _Attempt(name, widened, axes=axes)
     yield _Attempt("static shapes", inputs)
 
 
 def _attempted(model: nn.Module, attempt: _Attempt, opset: int | None, notes: list[str]) -> Program:
     exported = _translate(model, attempt, opset)
     kept = attempt.axes - _specialised(exported)
-    kept -= _not_free(model, attempt.inputs, exported.model, kept)
+    kept -= not_free(model, attempt.inputs, exported.model, kept)
     if attempt.given is None and kept != attempt.axes:
         # What the model fixes stays a symbol with a range of one in the graph: translate without it.
         fixed = ", ".join(f"dimension {axis} of input {where}" for where, axis in sorted(attempt.axes - kept))
@@ -187,7 +198,7 @@ def _attempted(model: nn.Module, attempt: _Attempt, opset: int | None, notes: li
         exported = _translate(model, attempt, opset)
     translated: ir.Model = exported.model
     _name_outputs(model, attempt.inputs, translated)
-    _name_axes(translated, attempt.axes)
+    name_axes(translated, attempt.axes)
     return Program(translated, tuple(notes))
 
 
@@ -195,7 +206,7 @@ def _translate(model: nn.Module, attempt: _Attempt, opset: int | None) -> Any:
     args, kwargs = attempt.inputs
     dynamic = attempt.given
     if attempt.axes:
-        dynamic = dynamic_shapes_of(model, attempt.inputs, attempt.axes)
+        dynamic = dynamic_shapes_of(model, attempt.inputs, attempt.axes, attempt.batches)
     with quiet():
         exported: Any = torch.onnx.export(
             model,
@@ -229,33 +240,6 @@ def _specialised(exported: Any) -> Axes:
     )
 
 
-def _not_free(model: nn.Module, inputs: Inputs, translated: ir.Model, axes: Axes) -> Axes:
-    """Return the varying axes other than the batch, if the graph fixes an output that varies with them.
-
-    The exporter has been seen to leave an input's axis open whose size it had written into the graph.
-    """
-    lengths = frozenset((position, axis) for position, axis in axes if axis > 0)
-    if not lengths:
-        return frozenset()
-    args, kwargs = with_length(inputs, lengths)
-    try:
-        with quiet():
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
-    except Exception:  # noqa: BLE001 - a model may refuse this length; then it says nothing
-        return frozenset()
-    found = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
-    declared = [value.shape for value in translated.graph.outputs]
-    agree = len(found) == len(declared) and all(
-        shape is None
-        or (
-            len(shape) == len(actual)
-            and all(not isinstance(dim, int) or dim == size for dim, size in zip(shape, actual, strict=True))
-        )
-        for shape, actual in zip(declared, found, strict=True)
-    )
-    return frozenset() if agree else lengths
-
-
 def _single(bounds: Any) -> bool:
     return bounds is not None and bounds.lower == bounds.upper
 
@@ -279,32 +263,6 @@ def _name_outputs(model: nn.Module, inputs: Inputs, translated: ir.Model) -> Non
             value.name = name
 
 
-def _name_axes(translated: ir.Model, axes: Axes) -> None:
-    """Call the varying axes of our own choice ``batch`` and ``sequence``, wherever they occur."""
-    named: dict[str, str] = {}
-    for position, axis in sorted(axes, key=lambda item: (item[1], item[0])):
-        shape = translated.graph.inputs[position].shape
-        symbol = None if shape is None else shape[axis]
-        if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None and symbol.value not in named:
-            word = "batch" if axis == 0 else "sequence"
-            count = sum(each.startswith(word) for each in named.values())
-            named[str(symbol.value)] = f"{word}_{count + 1}" if count else word
-    if not named or not all(symbol.isidentifier() for symbol in named):
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, named)) + r")\b")
-    inner = (value for node in all_nodes(translated.graph) for value in node.outputs)
-    for value in itertools.chain(translated.graph.inputs, inner):
-        if value.shape is not None and not value.shape.is_static():
-            value.shape = ir.Shape(
-                [
-                    pattern.sub(lambda found: named[found.group()], str(dim.value))
-                    if isinstance(dim, ir.SymbolicDim) and dim.value is not None
-                    else dim
-                    for dim in value.shape
-                ]
-            )
-
-
 def _path_name(path: tuple[Any, ...]) -> str:
     steps = [getattr(step, "key", getattr(step, "idx", getattr(step, "name", step))) for step in path]
     text = "_".join(str(step) for step in steps)
@@ -319,19 +277,3 @@ def reason(error: Exception) -> str:
         inner = inner.__cause__
     text = str(inner).strip().splitlines()
     return f"{type(inner).__name__}: {text[0]}" if text else type(inner).__name__
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keep the exporter's progress lines, logs and warnings to itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,0 +1,96 @@
+"""Dynamic dimensions: inputs in one batch share a name, and only these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_fx.passes import onnx_program
+from lora_fx.passes.export_onnx import export_onnx
+from lora_fx.passes.onnx_files import load
+from tests.unit.onnx_models import export, made, subject
+
+IDS = torch.tensor([[1, 4, 4], [2, 0, 9]])
+ONES = torch.ones(2, 3, dtype=torch.long)
+IMAGES = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Masked(nn.Module):
+    """An encoder that masks as transformers' do: by looking it up, and not at all for a mask of ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.q, self.out = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.table(ids).unsqueeze(1)
+        skipped = not torch.compiler.is_exporting() and bool(mask.all())
+        rows, columns = torch.arange(ids.shape[0]), torch.arange(ids.shape[1])
+        kept = None if skipped else mask.bool()[rows[:, None, None, None], columns]
+        x = nn.functional.scaled_dot_product_attention(self.q(x), x, x, attn_mask=kept)
+        return self.out(x.mean((1, 2)))
+
+
+class Compared(nn.Module):
+    """Compares each text of one batch with each image of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = Masked()
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return images @ self.text(ids, mask).T
+
+
+class Summed(nn.Module):
+    """A weight that is in a constant too, so that an adapter on it is exported anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Masked()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.inner(ids, mask) + self.inner.q.weight.sum()
+
+
+def batch_names(path: Path) -> list[str]:
+    graph = load(path).graph
+    return [str((value.shape or ("",))[0]) for value in (*graph.inputs, *graph.outputs)]
+
+
+def test_inputs_in_one_batch_share_its_name(tmp_path: Path) -> None:
+    model, path = made(Masked), tmp_path / "base.onnx"
+    export_onnx(model, path, (IDS[:1], ONES[:1]))
+    assert batch_names(path) == ["batch", "batch", "batch"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ids, mask = torch.arange(10).reshape(5, 2), torch.tensor([[1, 0]] * 5)
+    (found,) = session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(ids, mask))
+
+
+def test_batches_of_their_own_keep_their_names(tmp_path: Path) -> None:
+    model, path = made(Compared), tmp_path / "base.onnx"
+    export_onnx(model, path, (IMAGES, IDS, ONES))
+    assert batch_names(path) == ["batch", "batch_2", "batch_2", "batch"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {"images": IMAGES[:1].numpy(), "ids": IDS.numpy(), "mask": ONES.numpy()}
+    assert session.run(None, feeds)[0].shape == (1, 2)
+
+
+def test_a_base_that_named_each_input_apart_can_still_be_folded_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base = made(Summed), tmp_path / "base.onnx"
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_program, "batches", lambda *_: ())
+        export_onnx(model, base, (IDS, ONES))
+    assert batch_names(base) == ["batch", "batch_2", "batch"]
+    given = subject(model, ("inner.q.weight", "inner.out.weight"))
+    certificate = export(given, model, (IDS, ONES), tmp_path / "task.onnx", base=base)
+    assert "derived" in [check.name for check in certificate.checks]
+    assert batch_names(tmp_path / "task.onnx") == batch_names(base)
