@@ -12,6 +12,7 @@ from lora_fx.sites import Site
 
 SCRIPTED = "its module is compiled by TorchScript: adapt the module before it is scripted"
 LAZY = "not initialised yet: run the model once first"
+EMPTY = "it holds no numbers"
 
 
 def sites_from_modules(model: nn.Module) -> tuple[Site, ...]:
@@ -39,6 +40,10 @@ def _site(names: tuple[str, ...], parameter: Tensor, modules: dict[str, nn.Modul
     lazy = is_lazy(parameter)
     shape = () if lazy else tuple(parameter.shape)
     kind, form, unfit = _owned(names, modules, shape)
+    if isinstance(owner, torch.jit.ScriptModule):
+        unfit = SCRIPTED
+    if not lazy and parameter.numel() == 0:
+        unfit = EMPTY
     return Site(
         name=names[0],
         names=names,
@@ -48,7 +53,7 @@ def _site(names: tuple[str, ...], parameter: Tensor, modules: dict[str, nn.Modul
         form=form,
         module=module,
         module_class=type(owner).__name__,
-        unfit=LAZY if lazy else SCRIPTED if isinstance(owner, torch.jit.ScriptModule) else unfit,
+        unfit=LAZY if lazy else unfit,
     )
 
 

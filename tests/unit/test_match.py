@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
+import lora_fx
 from lora_fx.matrix import MatrixForm, columns_form, rows_form, stacked_form
 from lora_fx.passes.match import match
 from lora_fx.passes.trace import trace
@@ -643,3 +644,22 @@ def test_tiny_transformers() -> None:
     found = {s.name: s for s in match(trace(vit, torch.randn(1, 3, 32, 32)))}
     assert found["embeddings.cls_token"].unfit == "read by cat in 'embeddings'; never multiplied as a weight"
     assert sum(1 for s in found.values() if s.uses) == 14
+
+
+class _Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.rest = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.empty(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.cat([self.w, self.rest]))
+
+
+def test_a_weight_without_numbers_is_skipped() -> None:
+    model, x = _Empty(), torch.randn(2, 4)
+    for found in (sites_of(model, x), {site.name: site for site in sites_from_modules(model)}):
+        assert found["rest"].unfit == "it holds no numbers"
+        assert found["w"].unfit is None
+    plan = lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    assert [d.name for d in plan.adapted] == ["w"]
+    assert plan["rest"].reason.value == "unfit"

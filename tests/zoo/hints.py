@@ -84,6 +84,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "vits": {"config": {"upsample_initial_channel": 32, "spectrogram_bins": 33}},
     "gemma3n_vision": {"config": {"architecture": "mobilenetv3_small_050"}},
     "reformer": {"config": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 0}},
+    "mobilebert": {"config": {"embedding_size": 16}},  # its head's second part is of what is left of 32
     "flava": {"image": 32},
     "mamba2": {"config": {"num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "n_groups": 1}},
     "gpt_neo": {"config": {"attention_types": [[["global", "local"], 1]]}},
