@@ -52,7 +52,8 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     # A transposed weight is laid out row by row in parts, and never copied as a whole.
     step = 1 if not shape else len(held) if held.is_contiguous() else max(1, _PART // max(1, held[0].numel()))
     for part in (held,) if not shape or not len(held) else torch.split(held, step):
-        digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        # Not flatten(): one number alone may keep any stride, and bytes ask for one of 1.
+        digest.update(part.contiguous().as_strided((part.numel(),), (1,)).view(torch.uint8).numpy().data)
     return Fingerprint(shape, dtype_name(tensor), digest.hexdigest())
 
 

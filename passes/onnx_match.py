@@ -225,7 +225,8 @@ def _runs(value: Tensor, held: Tensor) -> tuple[Run, ...] | None:
 
 
 def _row_bytes(matrix: Tensor) -> list[bytes]:
-    whole = matrix.contiguous().view(torch.uint8).numpy()
+    # Not contiguous(): a dimension of one entry may keep any stride, and bytes ask for one of 1.
+    whole = matrix.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     return [row.tobytes() for row in whole]
 
 

@@ -86,7 +86,8 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     """Return a tensor's bytes, of one that is computed when it is asked for without a second copy."""
     made = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
     if isinstance(getattr(made, "raw", None), Tensor):
-        return memoryview(made.raw.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole = made.raw.detach().cpu().contiguous()
+        return memoryview(whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy())
     return memoryview(made.tobytes())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora_fx
 from lora_fx.errors import CertificateError, ExportError
 from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.onnx_files import load
@@ -211,6 +212,24 @@ def test_recipes_are_found_and_apply_to_other_values(weight: Tensor, held: Tenso
     assert torch.equal(recipe.restore(held.contiguous(), tuple(weight.shape)), weight)
     doubled = recipe.apply(weight * 2, held.contiguous())
     assert torch.equal(recipe.restore(doubled, tuple(weight.shape)), weight * 2) or recipe.scale is not None
+
+
+def test_a_column_of_any_stride_is_found() -> None:
+    """Of one column the stride along the rows says nothing, and torch may keep any."""
+    weight = S[:, None].as_strided((6, 1), (1, 6))
+    held = torch.cat([S[:2], S])[:, None].as_strided((8, 1), (1, 8))
+    (recipe,) = recipes_for(weight, value(held))
+    assert torch.equal(recipe.restore(held, (6, 1)), weight)
+
+
+def test_a_weight_of_one_number_of_any_stride(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(1, 1), nn.Tanh()), torch.randn(2, 1)
+    model[0].weight = nn.Parameter(torch.randn(1, 4)[:, ::4].as_strided((1, 1), (4, 4)))
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=1)), x)
+    with torch.no_grad():
+        lora_fx.parameters(model)[1].fill_(1.0)
+    lora_fx.save_adapter(model, tmp_path / "a.safetensors")
+    assert lora_fx.export_onnx(model, tmp_path / "a.onnx", x).ok
 
 
 @pytest.mark.parametrize(
