@@ -39,11 +39,14 @@ class Geometry(NamedTuple):
     @property
     def span(self) -> tuple[int, int]:
         """The first byte and the byte after the last."""
-        first = self.offset * self.dtype.itemsize
+        width = self.dtype.itemsize
+        first = self.offset * width
         if 0 in self.size:
             return first, first
-        steps = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        return first, first + (steps + 1) * self.dtype.itemsize
+        last = 1
+        for extent, step in zip(self.size, self.stride, strict=True):
+            last += (extent - 1) * step
+        return first, first + last * width
 
 
 class _Emit(Protocol):

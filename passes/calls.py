@@ -24,10 +24,11 @@ class Outcome(NamedTuple):
 
     def written(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the arguments that the call wrote into; views of them share their version."""
-        named: list[Tensor] = []
-        collect(kwargs.get("out"), named)
-        if named:
-            return named
+        if "out" in kwargs:
+            named: list[Tensor] = []
+            collect(kwargs["out"], named)
+            if named:
+                return named
         first = args[0] if args and isinstance(args[0], Tensor) else None
         # An inference tensor has no version to compare: its operation's name must do.
         touched = first is not None and (first.is_inference() or any(first is t for t in self.changed))
@@ -58,16 +59,16 @@ def _statistics(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 
 def collect(value: Any, into: list[Tensor]) -> None:
     """Append the tensors inside an argument, in order."""
-    if type(value) in _PLAIN:
-        return
-    if isinstance(value, Tensor):
-        into.append(value)
-    elif isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)):
         for item in value:
-            collect(item, into)
+            if isinstance(item, Tensor):
+                into.append(item)
+            elif type(item) not in _PLAIN:
+                collect(item, into)
+    elif isinstance(value, Tensor):
+        into.append(value)
     elif isinstance(value, dict):
-        for item in value.values():
-            collect(item, into)
+        collect(tuple(value.values()), into)
     elif isinstance(value, slice):
         collect((value.start, value.stop, value.step), into)
 

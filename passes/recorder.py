@@ -30,6 +30,9 @@ from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_fact
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device)
 
 
+_REGISTERS = frozenset({"_parameters", "_buffers", "_modules"})
+
+
 def after(call: Any, old: Any) -> Any:
     """Stand for a tensor that a call wrote into without returning it (running statistics, say)."""
     del call
@@ -292,7 +295,7 @@ def _tensor_attributes(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for path, module in model.named_modules():
         for key, value in module.__dict__.items():
-            if key in {"_parameters", "_buffers", "_modules"}:
+            if not isinstance(value, (Tensor, tuple, list, dict)) or key in _REGISTERS:
                 continue
             inside: list[Tensor] = []
             collect(value, inside)

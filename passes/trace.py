@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import sys
 import warnings
 from collections.abc import Generator, Mapping
@@ -93,6 +94,7 @@ def _record(model: nn.Module, examples: Examples, *, deep: bool, gradients: bool
         recorder.input(name, tensor)
     with (
         _quiet(model, args, kwargs),
+        _collecting_new_objects_only(),
         torch.set_grad_enabled(gradients),
         contextlib.ExitStack() as written,
         preserved(model),
@@ -155,6 +157,19 @@ def _quiet(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _collecting_new_objects_only() -> Generator[None]:
+    """Inside, the garbage collector passes over what is there already: a graph's many objects make it run."""
+    if gc.get_freeze_count():  # somebody else has told it what to pass over
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _fake_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 _SPELLINGS = {
@@ -21,6 +22,7 @@ _SPELLINGS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def canonical_op(target: Any) -> str:
     """Return one name for a function, a Tensor method, an operator and an aten overload alike.
 
