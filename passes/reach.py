@@ -66,6 +66,22 @@ JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", 
 """Operations that put several weights into one, which is then read as each one's rows by axis 0."""
 
 
+_SHAPED_LIKE = frozenset(
+    {
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_empty_strided",
+    }
+)
+"""Operations that ask their tensor for its shape, dtype and device, and for none of its values."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One call that has a view of a parameter, or a weight computed from it, in a weight's place."""
@@ -278,11 +294,15 @@ def _behind_output(graph: fx.Graph, stopped: frozenset[fx.Node]) -> frozenset[fx
 
 
 def ancestors(node: fx.Node, stopped: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
-    """Return a node and all that it depends on, not walking back through ``stopped`` nodes."""
+    """Return a node and all whose values it depends on, not walking back through ``stopped`` nodes.
+
+    What a tensor of its own values (``zeros_like``, ``new_zeros``) takes its shape from is no dependence.
+    """
     found: set[fx.Node] = {node}
     waiting = [node]
     while waiting:
-        for source in waiting.pop().all_input_nodes:
+        last = waiting.pop()
+        for source in () if last.meta.get("op") in _SHAPED_LIKE else last.all_input_nodes:
             if source not in found and source not in stopped:
                 found.add(source)
                 waiting.append(source)

@@ -433,6 +433,28 @@ class Router(nn.Module):
         return self.by_name["x"](y.unsqueeze(-1))
 
 
+class ShapeOnly(nn.Module):
+    """One weight's result gives another tensor its shape alone; others' are written into such tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape, self.whole, self.part = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        empty = self.shape(x).new_zeros((x.shape[0], 0))
+        filled = torch.empty_like(self.shape(x))
+        filled.copy_(self.whole(x))
+        sliced = torch.zeros_like(x)
+        sliced[:, 1:] = self.part(x)[:, 1:]
+        return torch.cat([empty, filled], 1), sliced
+
+
+def test_a_result_of_which_only_the_shape_is_used_has_no_effect() -> None:
+    sites = sites_of(ShapeOnly(), torch.randn(2, 4))
+    assert sites["shape.weight"].unfit == "no-effect: its result reaches no output of the run"
+    assert (sites["whole.weight"].unfit, sites["part.weight"].unfit) == (None, None)
+
+
 def test_what_the_run_did_not_reach() -> None:
     sites = sites_of(Router(), torch.randn(2, 4))
     assert sites["experts.0.up.weight"].twin == "experts.1.up.weight"
