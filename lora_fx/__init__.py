@@ -43,6 +43,7 @@ from lora_fx.errors import (
     WrappedModelError,
 )
 from lora_fx.latencies import Latency
+from lora_fx.manifests import Manifest
 from lora_fx.passes.fold_checkpoint import fold_checkpoint
 from lora_fx.passes.read_audit import audit
 from lora_fx.passes.show import show_forward
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from lora_fx.passes.compare_latency import compare_latency
     from lora_fx.passes.export_onnx import export_onnx
     from lora_fx.passes.fold_onnx import fold_onnx
+    from lora_fx.passes.refit_manifest import refit_manifest
+    from lora_fx.passes.switch_onnx import pack_adapter, switch_onnx
     from lora_fx.sessions import session
 
 __version__ = "0.1.0.dev0"
@@ -66,7 +69,10 @@ _LAZY = {
     "compare_latency": "lora_fx.passes.compare_latency",
     "export_onnx": "lora_fx.passes.export_onnx",
     "fold_onnx": "lora_fx.passes.fold_onnx",
+    "pack_adapter": "lora_fx.passes.switch_onnx",
+    "refit_manifest": "lora_fx.passes.refit_manifest",
     "session": "lora_fx.sessions",
+    "switch_onnx": "lora_fx.passes.switch_onnx",
 }
 """What needs onnx or onnxruntime, imported at first use: training does without them."""
 
@@ -92,6 +98,7 @@ __all__ = [
     "InputError",
     "Latency",
     "LoraFxError",
+    "Manifest",
     "PeftFormatError",
     "Plan",
     "PlanError",
@@ -120,12 +127,15 @@ __all__ = [
     "folded",
     "inject",
     "load_adapter",
+    "pack_adapter",
     "parameters",
     "plan",
+    "refit_manifest",
     "save_adapter",
     "session",
     "set_adapter",
     "show_forward",
+    "switch_onnx",
     "trace",
     "unload",
     "verify",

@@ -181,21 +181,22 @@ class AdapterFile:
         value = self._whole(name)
         if value is not None:
             return value.to(base.dtype)
-        return effective_weight(base, *self._low_rank(name))
+        return effective_weight(base, *self.low_rank(name))
 
     def effective_band(self, name: str, base: Tensor, start: int) -> Tensor | None:
         """Return ``W[start : start + n]`` from these entries of ``W0`` alone, or None where it needs more."""
         value = self._whole(name)
         if value is not None:
             return value[start : start + len(base)].to(base.dtype)
-        form, parts, magnitude = self._low_rank(name)
+        form, parts, magnitude = self.low_rank(name)
         return effective_band(base, start, form, parts, magnitude)
 
     def _whole(self, name: str) -> Tensor | None:
         found = (self.tensors.get(tensor_key(name, None, whole)) for whole in ("full", "buffer"))
         return next((value for value in found if value is not None), None)
 
-    def _low_rank(self, name: str) -> tuple[MatrixForm, LiveParts, Tensor | None]:
+    def low_rank(self, name: str) -> tuple[MatrixForm, LiveParts, Tensor | None]:
+        """Return an adapted weight's matrix form, its parts, and DoRA's magnitudes where it has them."""
         decision = self.plan[name]
         parts = tuple(p for part in decision.parts for p in self._parts(decision, part.role, part.rows))
         return decision.site.form, parts, self.tensors.get(tensor_key(decision.name, None, "magnitude"))

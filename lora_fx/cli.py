@@ -1,4 +1,4 @@
-"""The command line: audit, certify, fold and compare files, without a torch model.
+"""The command line: audit, certify, fold, switch, refit and compare files, without a torch model.
 
 Exit status: 0, all is well; 1, a certificate failed or the latencies differ; 2, the question could not be
 answered, with one line on the error output that says why.
@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _command(fold, _fold)
 
+    switch = commands.add_parser("switch", help="write BASE with ADAPTER's weights as inputs to OUT")
+    switch.add_argument("base", metavar="BASE", help="the base model's ONNX file")
+    switch.add_argument("adapter", metavar="ADAPTER", help="a file that save_adapter wrote")
+    switch.add_argument("out", metavar="OUT", help="the ONNX file to write, the .onnx_adapter beside it")
+    _command(switch, _switch)
+
+    manifest = commands.add_parser("manifest", help="list the initializers of BASE that FOLDED changes")
+    manifest.add_argument("base", metavar="BASE", help="the base model's ONNX file")
+    manifest.add_argument("folded", metavar="FOLDED", help="the ONNX file with an adapter folded in")
+    _command(manifest, _manifest)
+
     latency = commands.add_parser("compare-latency", help="time FOLDED against BASE, in pairs")
     _pair(latency)
     latency.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
@@ -152,6 +163,16 @@ def _fold(args: argparse.Namespace) -> int:
         progress=shown,
     )
     _show(made, args)
+    return FINE
+
+
+def _switch(args: argparse.Namespace) -> int:
+    _show(lora_fx.switch_onnx(args.base, args.adapter, args.out), args)
+    return FINE
+
+
+def _manifest(args: argparse.Namespace) -> int:
+    _show(lora_fx.refit_manifest(args.base, args.folded), args)
     return FINE
 
 

@@ -77,7 +77,7 @@ def compare_latency(
         if index == 0:
             _refuse_misfit(made, feeds)
         runs = [_bound_run(made[which], feeds, runtime.first) for which in (0, 1, 2)]
-        times.append(_interleave(runs, seconds / sets, min_rounds, _MOST_ROUNDS // sets, clock))
+        times.append(interleave(runs, seconds / sets, min_rounds, _MOST_ROUNDS // sets, clock))
     everything = np.concatenate(times)
     shapes = ", ".join(f"{name} {list(value.shape())}" for name, value in (feeds or {}).items())
     return Latency(
@@ -181,7 +181,7 @@ def _bound_run(session: Any, feeds: Feeds, provider: str) -> Run:
     return run
 
 
-def _interleave(
+def interleave(
     runs: Sequence[Run], seconds: float, min_rounds: int, max_rounds: int, clock: Clock
 ) -> NDArray[np.float64]:
     """Time the runs in turn, (rounds, runs), each round in another order."""

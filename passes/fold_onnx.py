@@ -117,7 +117,7 @@ def _write(
     extents: dict[str, Extent] = {}
     digest = canonical(model).digest
     base_data = () if standalone else data_files(model, base_path.parent)
-    beside = _relative(base_path.parent, draft.final.parent) if base_data else Path()
+    beside = relative(base_path.parent, draft.final.parent) if base_data else Path()
     changed: list[ir.Value] = []
     for patch in patches:
         value = model.graph.initializers[patch.initializer]
@@ -132,14 +132,14 @@ def _write(
 
     with bytes_bar(sum(patch.base.nbytes for patch in patches), shown=progress) as told:
         if base_data and changed:
-            with _relocated(model, beside):
+            with relocated(model, beside):
                 draft.write_split(model, changed, suffix="overlay", progress=told, finish=finish)
         else:
             draft.write(model, progress=told, finish=finish)
     return extents
 
 
-def _relative(base: Path, folder: Path) -> Path:
+def relative(base: Path, folder: Path) -> Path:
     """Return where the base's data lies, as seen from the overlay's folder.
 
     Raises:
@@ -157,7 +157,7 @@ def _relative(base: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def _relocated(model: ir.Model, beside: Path) -> Generator[None]:
+def relocated(model: ir.Model, beside: Path) -> Generator[None]:
     """Point unchanged weights to the base's data as it is seen from the overlay's folder."""
     before: list[tuple[ir.Value, ir.ExternalTensor]] = []
     if beside != Path():

@@ -60,7 +60,7 @@ def _as_declared(tensor: Tensor, declared: str) -> Tensor:
     return tensor.to(_FLOATS[declared]) if tensor.is_floating_point() and declared in _FLOATS else tensor
 
 
-def run(session: Any, feeds: Mapping[str, Any]) -> list[Tensor]:
+def run(session: Any, feeds: Mapping[str, Any], options: Any = None) -> list[Tensor]:
     """Run a session on values of the runtime and return its outputs as torch tensors.
 
     Raises:
@@ -68,7 +68,7 @@ def run(session: Any, feeds: Mapping[str, Any]) -> list[Tensor]:
     """
     names = [output.name for output in session.get_outputs()]
     try:
-        made = session.run_with_ort_values(names, dict(feeds))
+        made = session.run_with_ort_values(names, dict(feeds), options)
     except Exception as error:  # onnxruntime's classes differ from version to version
         raise RuntimeFault(str(error).strip().splitlines()[0]) from error
     return [_from_ort(value) for value in made]

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.latencies import Latency
+from lora_fx.passes.compare_latency import interleave, ratio_of
 from lora_fx.providers import why_missing
 
 OVERLAY_SECONDS, CERTIFICATE_SECONDS = 1.0, 3.0
@@ -158,3 +161,36 @@ def test_a_folded_file_is_as_fast_as_its_base(provider: str, name: str, tmp_path
     # Where the machine's noise hides a fiftieth, nothing is claimed; a difference that is seen is a failure.
     assert found.verdict in ("equal", "not resolved")
     assert branches.ratio.value > found.ratio.high
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("name", MODELS)
+def test_what_adapters_as_inputs_cost(name: str, tmp_path: Path) -> None:
+    """Against the base, each request: the folded file, and the switchable one with and without an adapter."""
+    build, shape = MODELS[name]
+    x = torch.randn(shape)
+    model = trained(build(), lora_fx.Policy(lora_fx.Rule(rank=8)), x)
+    base, task, switch = (tmp_path / f"{each}.onnx" for each in ("base", "task", "switch"))
+    lora_fx.export_onnx(model, task, x, base=base)
+    lora_fx.save_adapter(model, tmp_path / "task.safetensors")
+    print(lora_fx.switch_onnx(base, tmp_path / "task.safetensors", switch))
+    adapter, active = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    adapter.Load(str(tmp_path / "switch.task.onnx_adapter"))
+    active.add_active_adapter(adapter)
+
+    def run(session: Any, options: Any) -> Callable[[], None]:
+        feeds = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: session.run(None, feeds, options)
+
+    rows: list[Any] = []
+    for _ in range(4):
+        opened = {path: lora_fx.session(path, providers="cpu", threads=1) for path in (base, task, switch)}
+        again = lora_fx.session(base, providers="cpu", threads=1)
+        runs = [run(opened[base], None), run(again, None), run(opened[task], None)]
+        runs += [run(opened[switch], None), run(opened[switch], active)]
+        rows.append(interleave(runs, 6.0, 16, 5_000, time.thread_time))
+    names = ("base again", "folded", "switchable, no adapter", "switchable, adapter")
+    found = {each: ratio_of(*(r[:, i] / r[:, 0] for r in rows)) for i, each in enumerate(names, 1)}
+    milliseconds = 1e3 * float(np.median(np.concatenate(rows)[:, 0]))
+    print(f"\n{name}, base {milliseconds:.2f} ms; over it: {'; '.join(f'{n} {r}' for n, r in found.items())}")
+    assert found["switchable, adapter"].value > found["folded"].high

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import lora_fx
 
-RECORDS = {"Audit", "AdapterFile", "Certificate", "Decision", "Latency", "Plan", "Report", "Site", "Trace"}
+RECORDS = {
+    "Audit",
+    "AdapterFile",
+    "Certificate",
+    "Decision",
+    "Latency",
+    "Manifest",
+    "Plan",
+    "Report",
+    "Site",
+    "Trace",
+}
 POLICIES = {"Policy", "Rule", "Skip", "Train"}
 ERRORS = {
     "AdapterFileError",
@@ -38,12 +49,15 @@ FUNCTIONS = {
     "folded",
     "inject",
     "load_adapter",
+    "pack_adapter",
     "parameters",
     "plan",
+    "refit_manifest",
     "save_adapter",
     "session",
     "set_adapter",
     "show_forward",
+    "switch_onnx",
     "trace",
     "unload",
     "verify",
