@@ -107,6 +107,8 @@ def _name_attention(
     for role, nodes in operands.named():
         named[role] = [feed for node in nodes for feed in feeds_of(flow, feeding, node)]
     named = _without_streams(flow, feeding, named)
+    if not named["q"] and operands.k == operands.v:
+        named = {}  # a learned query weighs a stream as it is: no weight makes its keys or values
     for role, feeds in named.items():
         for feed in _content(ledger, flow, feeds, role):
             ledger.name(feed.site, role, feed.rows)
@@ -118,7 +120,8 @@ def _name_attention(
             for link in flow.links[call]:
                 ledger.name(link.site, "o")
     _note_beside(ledger, flow, attention, family)
-    streams = crossing(flow, _inputs(flow, named["q"]), _inputs(flow, [*named["k"], *named["v"]]))
+    asked = [feed for role in ("k", "v") for feed in named.get(role, ())]
+    streams = crossing(flow, _inputs(flow, named.get("q", ())), _inputs(flow, asked))
     if streams is not None:
         for feed in (feed for feeds in named.values() for feed in feeds):
             ledger.note(feed.site, f"cross-attention: {streams}")

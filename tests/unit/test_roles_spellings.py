@@ -455,6 +455,27 @@ class Crossed(Separate):
         return self.head((x + self.o(merged(z)) + 0 * self.stem(x)).mean(1))
 
 
+def test_a_stream_that_a_learned_query_sums_is_its_own_keys_and_values() -> None:
+    """A residual that attends over the depth: the blocks' results, weighed by one learned query."""
+
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, D)
+            self.block, self.next, self.head = (nn.Linear(D, D) for _ in range(3))
+            self.query = nn.Parameter(torch.randn(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            stacked = F.layer_norm(torch.stack([x, self.block(x)], -2), (D,))
+            query = self.query.view(1, D).expand(*x.shape[:-1], 1, D)
+            x = F.scaled_dot_product_attention(query, stacked, stacked).squeeze(-2)
+            return self.head(self.next(x).sigmoid())
+
+    found = roles_of(Depth(), torch.randint(0, 9, (2, LENGTH)))
+    assert found == {"embed": {"embedding": None}, "block": {}, "next": {}, "head": {"head": None}}
+
+
 def test_a_cross_attention_says_which_stream_asks_which() -> None:
     found = sites_of(Crossed(flex), X, torch.randn(2, 3, D))
     for name in "qkv":
