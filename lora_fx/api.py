@@ -225,6 +225,7 @@ def load_adapter(
 def fold(model: nn.Module, *, min_retained: float = 0.25) -> nn.Module:
     """Put ``W`` in the base's place for good (peft: merge_and_unload); return the same object.
 
+    On a sharded model every process must call this; each weight is gathered in turn.
     A half-precision weight rounds a part of a small delta away: below 90 % kept this warns, below
     ``min_retained`` it is refused.
 

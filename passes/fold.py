@@ -7,7 +7,7 @@ forwards, so what is exported there is the base model's own graph.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.errors import WrappedModelError
 from lora_fx.fingerprints import dtype_name
 from lora_fx.passes.changes import Change, changes, refuse_rounded_away, sums_and_changes
+from lora_fx.passes.managed import refuse_unknown_sharding
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
-from lora_fx.passes.sharded import is_sharded, local, refuse_fully_sharded, reshard
+from lora_fx.passes.sharded import is_sharded, local, reshard
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import require
 
@@ -156,11 +158,14 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
         AdapterNameError: the model has no adapters, or not this one.
         AdapterValueError: an adapter holds NaN or infinity, or is rounded away by the weight's dtype;
             the model is left as it was.
-        WrappedModelError: the model is sharded by ``fully_shard``.
+        WrappedModelError: the model is sharded by a ``fully_shard`` that is not known, or has a sharded
+            weight that others read with another adapter.
     """
-    refuse_fully_sharded(model, "fold", "Use lora_fx.folded here, or load the adapter file unsharded.")
     _, name = require(model, adapter)
+    refuse_unknown_sharding(model, "fold")
+    reshard(model)
     sums, others = sums_and_changes(model, name)
+    _refuse_shared_shards(others.values())
     refuse_rounded_away(
         ((c.names[0], dtype_name(c.after), c.retained) for c in others.values()), min_retained
     )
@@ -174,10 +179,27 @@ def fold(model: nn.Module, adapter: str | None = None, *, min_retained: float = 
     return model
 
 
+def _refuse_shared_shards(found: Iterable[Change]) -> None:
+    """Refuse a sharded weight that must stay as it is for others: FSDP2 knows one Parameter of it.
+
+    Raises:
+        WrappedModelError: there is one.
+    """
+    for change in found:
+        if change.apart and is_sharded(change.before):
+            raise WrappedModelError(
+                change.names[0],
+                expected="a sharded weight that is read with one adapter everywhere",
+                got="one that was tied after inject, and is read without it too",
+                advice="Tie before inject, or save the adapter and fold it unsharded.",
+            )
+
+
 def _write(model: nn.Module, change: Change) -> None:
     """Write ``W`` to where ``W0`` lies, so that lists of references (a recurrence's) stay true.
 
-    Where that memory cannot be written to, or is read by others too, the parameter is replaced.
+    Where that memory cannot be written to, or is read by others too, the parameter is replaced. Of a
+    sharded weight every process has gathered ``W`` and writes its own shard.
     """
     lies = change.before
     repeated = any(step == 0 and size > 1 for step, size in zip(lies.stride(), lies.shape, strict=True))

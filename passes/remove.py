@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import fx, nn
 
 from lora_fx.passes import graph_module
+from lora_fx.passes.managed import forget_removed, refuse_unknown_sharding
 from lora_fx.passes.registers import own_buffers, own_parameters, plain
 from lora_fx.passes.root import unwatch
 from lora_fx.passes.runtime import BINDING, INJECTED, binding, injected
-from lora_fx.passes.sharded import refuse_fully_sharded
+from lora_fx.passes.sharded import reshard
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import apply_trainability, record_of, require
 
@@ -18,14 +19,16 @@ def unload(model: nn.Module, adapter: str | None = None) -> nn.Module:
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
-        WrappedModelError: the model is sharded by ``fully_shard``, which keeps what it was given.
+        WrappedModelError: the model is sharded by a ``fully_shard`` that is not known.
     """
     record = record_of(model)
-    refuse_fully_sharded(model, "unload", "Use lora_fx.disable_adapter here, or build the base anew.")
+    refuse_unknown_sharding(model, "unload")
+    reshard(model)
     names = list(record.plans) if adapter is None else [adapter]
     for name in names:
         require(model, name)
         remove(model, name)
+    forget_removed(model)
     return model
 
 

@@ -106,8 +106,13 @@ def reshard(model: nn.Module) -> None:
     After a forward without backward the root's stay gathered, in the forward's precision; the root may
     be what the model lies in.
     """
-    for module in (*fsdp_modules(model), *_around(model)):
+    for module in sharding_modules(model):
         module.reshard()
+
+
+def sharding_modules(model: nn.Module) -> list[Any]:
+    """Return the modules given to ``fully_shard`` that have parameters of the model, in it or around it."""
+    return [*fsdp_modules(model), *_around(model)]
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
@@ -136,7 +141,7 @@ def refuse_fully_sharded(model: nn.Module, what: str, advice: str) -> None:
     Raises:
         WrappedModelError: a module of the model was given to ``fully_shard``.
     """
-    if fsdp_modules(model) or _around(model):
+    if sharding_modules(model):
         raise WrappedModelError(what, expected="a model that is not sharded", got="FSDPModule", advice=advice)
 
 

@@ -109,6 +109,9 @@ def fused(rank: int, folder: Path, policy: str, shard: Callable[[nn.Module], Non
     train(other, rank=rank, of=2, steps=1, first=3)
     train(alone, steps=1, first=3)
     assert gap(other, alone) < ROUNDING
+    lora_fx.fold(other)
+    assert gap(other, alone) < ROUNDING
+    assert other.state_dict().keys() == attention().state_dict().keys()
 
 
 def fused_from_meta(rank: int, folder: Path, policy: str) -> None:
@@ -137,6 +140,21 @@ def bfloat16_base(rank: int, folder: Path) -> None:
     assert {p.dtype for p in lora_fx.parameters(model)} == {torch.float32}
     assert gap(model, alone) < 1e-2
     assert gap(alone, attention(torch.bfloat16)) > 2e-2
+    lora_fx.fold(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert gap(model, lora_fx.fold(alone)) < 1e-2
+    train_whole(model, rank)
+    train_whole(alone)
+    assert gap(model, alone) < 1e-2
+
+
+def train_whole(model: nn.Module, rank: int | None = None) -> None:
+    """One step of everything: gradients are reduced in the base's own precision now."""
+    x = batch(0) if rank is None else batch(0).chunk(2)[rank]
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    loss(model, x).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
 
 
 def _with_two(policy: str, other: str) -> nn.Module:

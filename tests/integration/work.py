@@ -74,9 +74,8 @@ def fsdp2(rank: int, folder: Path, tied: bool, odd: bool, options: dict) -> None
     assert all(torch.equal(v.to_local(), bits[k]) for k, v in adapter_state(model).items())
     with lora_fx.disable_adapter(model):
         assert gap(model, base(tied=tied, odd=odd)) < ROUNDING
-    for refused in (lora_fx.fold, lora_fx.unload, lambda m: lora_fx.verify(m, batch(0))):
-        with pytest.raises(WrappedModelError, match="FSDPModule"):
-            refused(model)
+    with pytest.raises(WrappedModelError, match="FSDPModule"):
+        lora_fx.verify(model, batch(0))
     with pytest.raises(WrappedModelError, match="Inject first"):
         lora_fx.inject(model, rules(), batch(0), adapter="late")
     torch.distributed.barrier()
@@ -87,6 +86,54 @@ def fsdp2(rank: int, folder: Path, tied: bool, odd: bool, options: dict) -> None
     lora_fx.load_adapter(other, folder / "adapter.safetensors", replace=True)
     assert torch.equal(other(batch(9)), before)
     train(other, rank=rank, of=2, steps=1)
+    at_once = lora_fx.unload(sharded(adapted(tied=tied, odd=odd, **options)))
+    assert gap(at_once, base(tied=tied, odd=odd)) < ROUNDING
+    unloaded(other, rank, tied=tied, odd=odd)
+    folded_for_good(model, alone, rank)
+
+
+def unloaded(model: Net, rank: int, *, tied: bool, odd: bool) -> None:
+    """What is left is the sharded base: its bits, and FSDP2 gathers nothing else."""
+    model(batch(9))
+    assert lora_fx.unload(model) is model
+    plain = base(tied=tied, odd=odd)
+    assert_gathers_to(model, plain.state_dict())
+    assert gap(model, plain) < ROUNDING
+    assert_trains_as(model, plain, rank)
+
+
+def folded_for_good(model: Net, alone: Net, rank: int) -> None:
+    """Folded sharded, a model is the one that is folded whole."""
+    model(batch(9))
+    assert lora_fx.fold(model) is model
+    lora_fx.fold(alone)
+    assert gap(model, alone) < ROUNDING
+    assert type(model).__name__ == "FSDPNet"
+    assert_gathers_to(model, alone.state_dict(), ROUNDING)
+    assert_trains_as(model, alone, rank)
+
+
+def assert_gathers_to(model: Net, wanted: dict[str, torch.Tensor], rounding: float = 0.0) -> None:
+    """The gathered state dict has these keys and values."""
+    found = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert float((found[name] - tensor).norm()) <= rounding * float(tensor.norm()), name
+
+
+def assert_trains_as(model: Net, alone: Net, rank: int) -> None:
+    """All of the model is trained, as on one machine."""
+    model.reshard()  # after a forward without backward the root's are gathered copies
+    for each, (first, last) in ((model, (rank, 2)), (alone, (0, 1))):
+        assert all(parameter.requires_grad for parameter in each.parameters())
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for step in range(2):
+            loss(each, batch(step).chunk(last)[first]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert gap(model, alone) < ROUNDING
+    assert_gathers_to(model, alone.state_dict(), ROUNDING)
 
 
 def mixed_precision(rank: int, folder: Path) -> None:

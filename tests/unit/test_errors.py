@@ -19,6 +19,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Policy, Rule
 from lora_fx.fingerprints import checksum
+from lora_fx.passes import managed
 
 X = torch.randn(3, 6)
 
@@ -523,3 +524,20 @@ def test_what_is_not_there_is_a_named_error_and_a_file_not_found(tmp_path: Path)
         with pytest.raises(lora_fx.LoraFxError, match="a folder"):
             call(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*")) == ["a.safetensors", "base.onnx", "folded.onnx"]
+
+
+@pytest.mark.parametrize("call", [lora_fx.fold, lora_fx.unload])
+def test_a_sharding_of_another_make_is_refused_before_anything_is_changed(
+    call: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sharding:
+        def _get_fsdp_state(self) -> Any:
+            return object()
+
+    subject = lora_fx.inject(model(), Policy(Rule(rank=2)), X)
+    watch = _Untouched(subject)
+    monkeypatch.setattr(managed, "sharding_modules", lambda model: [Sharding()])
+    with pytest.raises(lora_fx.WrappedModelError, match="_fsdp_param_groups"):
+        call(subject)
+    watch.check()
+    assert lora_fx.parameters(subject)
