@@ -72,6 +72,9 @@ CASTS = _words("to float half bfloat16 double type type_as")
 
 DETACHES = _words("detach detach_ data")
 
+BOUNDS = _words("clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_")
+"""What keeps values between two bounds: which channels pass does not depend on where those lie."""
+
 LOOK_UPS = _words("embedding embedding_bag")
 
 SELECTIONS = _words("topk argmax sort argsort max multinomial")

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from lora_fx.kinds.base import shape_of
 from lora_fx.passes.flow import is_floating
-from lora_fx.passes.op_groups import CASTS, DETACHES
+from lora_fx.passes.op_groups import BOUNDS, CASTS, DETACHES
 
 _CPU = torch.device("cpu")
 _LEFT_OUT = frozenset({"out", "non_blocking", "pin_memory"})
@@ -180,6 +180,8 @@ class Replay:
         kwargs = {k: _portable(v) for k, v in arguments[1].items() if k not in _LEFT_OUT}
         if op in CASTS and isinstance(args[0], Tensor):
             return _cast(args[0], node)
+        if op in BOUNDS and not any(_bends(a) for a in (*args[1:], *kwargs.values())):
+            return args[0]
         if op == "setitem" or op.endswith("_") or "writes" in node.meta:
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         if op == "as_strided_scatter":
@@ -195,6 +197,10 @@ class Replay:
         if kept is None or source in kept or not isinstance(value, Tensor):
             return value
         return value.detach()
+
+
+def _bends(bound: Any) -> bool:
+    return isinstance(bound, Tensor) and bound.requires_grad
 
 
 def _leaking(value: Tensor) -> Tensor:

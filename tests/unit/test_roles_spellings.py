@@ -259,6 +259,16 @@ def test_an_attention_of_tensors_made_in_inference_mode() -> None:
         assert roles_of(Separate(highest_scores_alone), X) == NAMED
 
 
+def test_bounds_hide_nothing_of_what_they_bound() -> None:
+    """Queries and keys clipped at calibrated values, narrower than what a replay draws."""
+
+    def clipped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.clamp(-0.01, 0.01), torch.clamp(k, min=torch.tensor(0.02), max=torch.tensor(0.01))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    assert roles_of(Separate(clipped), X) == NAMED
+
+
 # --- what is no attention ---
 
 

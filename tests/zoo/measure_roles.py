@@ -23,7 +23,7 @@ from lora_fx.passes.op_groups import SOFTMAX
 from lora_fx.passes.roles import assign_roles
 from lora_fx.passes.softmax import softmax_of
 from lora_fx.passes.trace import Trace, trace
-from lora_fx.sites import Site
+from lora_fx.sites import NO_EFFECT, Site
 from tests.zoo.catalogue import Built, build
 from tests.zoo.measure import Row, Subject
 from tests.zoo.perturbation import perturb
@@ -79,9 +79,14 @@ def _overlooked(model: nn.Module, traced: Trace, sites: Sequence[Site], row: Row
     row["roles"]["beside"] = dict(Counter(_beside(flow, attentions)))
     classes, unreached = Counter[str](), Counter[str]()
     for kind, inside in _bare_modules(model, sites):
-        reached = sorted({re.sub(r"\d+", "*", name) for name, site in inside.items() if site.uses})
+        reached = sorted({re.sub(r"\d+", "*", name) for name, site in inside.items() if _acts(site)})
         (classes if reached else unreached)[f"{kind}: {', '.join(reached)}" if reached else kind] += 1
     row["roles"].update(classes=dict(classes), unreached=dict(unreached))
+
+
+def _acts(site: Site) -> bool:
+    """Whether a weight was used, and changes an output."""
+    return bool(site.uses) and not (site.unfit or "").startswith(NO_EFFECT)
 
 
 def _is_softmax(node: fx.Node, flow: Flow) -> bool:
