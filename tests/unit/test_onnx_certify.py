@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate, Check
@@ -21,7 +26,7 @@ from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
 from lora_fx.passes.onnx_parity import distance
 from tests.unit.onnx_adapters import adapter, subject_with
-from tests.unit.onnx_models import Mixed, export, made
+from tests.unit.onnx_models import Mixed, export, made, subject
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 Tamper = Callable[[ir.Model], None]
@@ -262,6 +267,57 @@ def test_a_base_file_that_computes_something_else_excuses_nothing(
     with pytest.raises(CertificateError, match="of the base file against the base model"):
         export_onnx(model, tmp_path / "base.onnx", IMAGE)
     assert not list(tmp_path.iterdir())
+
+
+class _Steep(nn.Module):
+    """Float32 loses thousands of roundings in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(30, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e4 * self.linear(x))
+
+
+@pytest.mark.parametrize(("gain", "fine"), [(1.0, True), (1.1, False)])
+def test_the_injected_model_may_lose_what_its_base_does(
+    gain: float, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a runtime that is exact, float32's own rounding is no fault; more than three times it is."""
+    model, x = made(_Steep), torch.randn(5, 30)
+    plain = subject(model, ("linear.weight",))
+
+    @contextmanager
+    def injected() -> Generator[nn.Module]:
+        with plain.folded_state() as folded:
+            hook = folded.register_forward_hook(lambda _, args, out: out * gain)
+            yield folded
+            hook.remove()
+
+    def exact(state: Any, feeds: Any) -> list[torch.Tensor]:
+        with state() as held, torch.no_grad():
+            return [copy.deepcopy(held).double()(x.double())]
+
+    class Session:
+        def __init__(self, state: Any) -> None:
+            self.state = state
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="x", type="tensor(float)", shape=[5, 30])]
+
+    monkeypatch.setattr(certify_parity, "run", lambda session, feeds: exact(session.state, feeds))
+    monkeypatch.setattr(certify_parity, "random_like", lambda inputs, seed: inputs)
+    check = certify_parity.parity_check(
+        replace(plain, injected=injected),
+        ((x,), {}),
+        Session(plain.base_state),
+        Session(plain.folded_state),
+        precision=torch.float32,
+        notes=[],
+    )
+    assert check.data["example"]["injected"] > certify_parity.INJECTED
+    assert check.ok is fine
 
 
 def test_a_file_that_the_runtime_refuses_is_a_finding(
