@@ -78,9 +78,8 @@ class _Base:
 
     def completed(self, name: str, placement: Placement) -> Placement:
         """Return a placement with the true value's fingerprint."""
-        return replace(
-            placement, fingerprint=fingerprint(self.parameters[name][0]), unused=name not in self.used
-        )
+        unused = placement.unused or name not in self.used
+        return replace(placement, fingerprint=fingerprint(self.parameters[name][0]), unused=unused)
 
     def graph(self) -> tuple[ir.Model, Found]:
         """Return the optimised graph, and where it holds the parameters."""
@@ -180,7 +179,18 @@ class _Base:
             for name in group:
                 opaque = tuple(p for p, known in origins.items() if known is None or name in known)
                 found[name] = replace(placements[name], opaque=opaque)
-        return found
+        absent = [name for name, placement in found.items() if placement.status == "absent"]
+        return found | self._without_effect(model, placements | found, absent)
+
+    def _without_effect(self, model: ir.Model, placements: Placements, absent: list[str]) -> Placements:
+        """Find which of these have no effect on the graph: whatever their values and signs, it is the same.
+
+        They multiplied an empty tensor, say, which the optimiser does away with.
+        """
+        turned = {name: -self.value(name) for name in absent}
+        if not absent or self._unexplained(model, placements, turned, explained=self.kept) != ():
+            return {}
+        return {name: replace(placements[name], unused=True) for name in absent}
 
     def _origins(self, place: str) -> frozenset[str] | None:
         """Return the parameters that an initializer was computed from, by the unoptimised graph.

@@ -179,6 +179,24 @@ def test_an_unused_weight_is_said_to_be_so(tmp_path: Path) -> None:
     assert "not used by the exported graph: idle.weight" in certificate["changed-set"].detail
 
 
+class _Short(nn.Module):
+    """Its second linear is for what comes after the tenth column: nothing, on the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x.mT), self.second(x[..., 10:].mT)], dim=1)
+
+
+def test_a_weight_that_multiplies_nothing_is_unused(tmp_path: Path) -> None:
+    names = ("first.weight", "second.weight")
+    _, _, certificate = export_pair(made(_Short), names, torch.randn(2, 5, 4), tmp_path)
+    assert certificate.ok
+    assert "not used by the exported graph: second.weight" in certificate["changed-set"].detail
+
+
 def value(content: Tensor) -> ir.Value:
     found = ir.val("t", ir.DataType.FLOAT, list(content.shape))
     found.const_value = ir.tensor(content.contiguous().numpy(), name="t")
