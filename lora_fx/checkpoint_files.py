@@ -122,12 +122,21 @@ class Shard:
         with self.path.open("rb") as source:
             target.writelines(self._parts(source, self.header))
             for stored in self.tensors:
-                value = changed(stored)
-                source.seek(stored.start)
-                for part in self._parts(source, stored.size) if value is None else _parts_of(value, stored):
+                for part in self._new_parts(source, stored, changed):
                     target.write(part)
                     if progress is not None:
                         progress(len(part))
+                    del part  # it keeps its tensor in memory while the next one is made
+
+    def _new_parts(
+        self, source: BinaryIO, stored: Stored, changed: Callable[[Stored], Tensor | None]
+    ) -> Iterator[bytes | memoryview]:
+        value = changed(stored)
+        if value is not None:
+            yield from _parts_of(value, stored)
+            return
+        source.seek(stored.start)
+        yield from self._parts(source, stored.size)
 
     def _parts(self, source: BinaryIO, size: int) -> Iterator[bytes]:
         while size:
