@@ -35,7 +35,7 @@ from lora_fx.files import atomic_write
 from lora_fx.passes import onnx_files, onnx_parity
 from lora_fx.passes.certify import environment
 from lora_fx.passes.fold_onnx import check_base, relative, relocated
-from lora_fx.passes.onnx_adapter import adapter_weights, base_map
+from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_branches import add_inputs, branch_inputs
 from lora_fx.passes.onnx_feeds import random_feeds
 from lora_fx.passes.onnx_patch import find_patches
@@ -43,6 +43,7 @@ from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto, refuse_onto
 from lora_fx.passes.onnx_serve import adapted_session
 from lora_fx.passes.onnx_session import open_session
 from lora_fx.passes.onnx_tensors import TORCH, can_hold_weights, ort_value
+from lora_fx.passes.weights import adapter_weights
 from lora_fx.providers import Providers, Runtime, choose, onnxruntime
 
 SUFFIX = ".onnx_adapter"
