@@ -21,6 +21,7 @@ from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.norms import refuse_converted
 from lora_fx.passes.precisions import halves_after
 from lora_fx.passes.probe import probe
+from lora_fx.passes.replaced import warn_replaced
 from lora_fx.passes.runtime import injected
 from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
@@ -234,6 +235,7 @@ def fold(model: nn.Module, *, min_retained: float = 0.25) -> nn.Module:
         AdapterValueError: the adapter holds NaN or infinity, or is rounded away; the model is left as it
             was.
     """
+    warn_replaced(model)
     return fold_pass.fold(model, min_retained=min_retained)
 
 
@@ -244,6 +246,7 @@ def folded(model: nn.Module) -> AbstractContextManager[nn.Module]:
         AdapterNameError: the model has no adapters.
         AdapterValueError: the adapter holds NaN or infinity.
     """
+    warn_replaced(model)
     return fold_pass.folded(model)
 
 

@@ -44,6 +44,15 @@ def read_examples(model: nn.Module, example_inputs: Any) -> Examples:
             )
         return found
     args, kwargs = _arguments(example_inputs)
+    for path, tensor in tensors_in((args, kwargs)):
+        if tensor.is_nested:
+            raise InputError(
+                f"example_inputs, {'.'.join(path)}",
+                expected="a tensor with one size in each dimension",
+                got="a nested tensor",
+                advice="Pass padded examples, torch.nested.to_padded_tensor(x, 0.0); the adapted model then "
+                "takes nested tensors where the base does.",
+            )
     return Examples(args, kwargs, "given")
 
 

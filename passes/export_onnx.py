@@ -19,6 +19,8 @@ from lora_fx.passes.onnx_metadata import refuse_lost
 from lora_fx.passes.onnx_program import DynamicShapes
 from lora_fx.passes.onnx_refusals import refuse_onto
 from lora_fx.passes.onnx_subject import Inputs, Subject, subject_of
+from lora_fx.passes.replaced import warn_replaced
+from lora_fx.passes.runtime import injected
 from lora_fx.passes.sharded import refuse_fully_sharded
 
 PRECISIONS: Mapping[str, torch.dtype] = {
@@ -58,6 +60,8 @@ def export_onnx(  # noqa: PLR0913 - each is a choice of its own
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
     refuse_fully_sharded(model, "export_onnx", "Save the adapter here; load and export it unsharded.")
+    if injected(model) is not None:
+        warn_replaced(model)
     options = ExportOptions(dynamic_shapes, opset, _dtype(precision), certify)
     inputs = split_inputs(model, example_inputs)
     return export_subject(subject_of(model), path, inputs, options, base=base, min_retained=min_retained)

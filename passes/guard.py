@@ -24,6 +24,16 @@ _SHARED = frozenset({"__dlpack__"})
 """What hands the memory itself to another library, which may write into it: take a clone's."""
 
 
+class _ReadOnlyStorage(torch.UntypedStorage):
+    """The memory of an effective weight: whoever writes to it writes to what nobody reads again."""
+
+    def _refuse(self, *values: Any, **named: Any) -> Any:
+        del values, named
+        raise _refusal("untyped_storage", (), {})
+
+    fill_ = copy_ = resize_ = __setitem__ = _refuse
+
+
 _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
 """Context in which subclasses compute as plain tensors; torch has no public spelling."""
 
@@ -52,12 +62,18 @@ class EffectiveWeight(Tensor):
             result = func(*args, **kwargs)
         if name in _ARRAYS and isinstance(result, np.ndarray):
             result.flags.writeable = False
+        if name == "untyped_storage" and type(result) is torch.UntypedStorage:
+            result.__class__ = _ReadOnlyStorage
         return _guard_views(result, args)
 
     def set_(self, *source: Any, **named: Any) -> Tensor:
         """Raise: torch does not ask ``__torch_function__`` about this write."""
         del source, named
         raise _refusal("set_", (self,), {})
+
+    def _use_count(self) -> int:
+        """Raise: ``torch.utils.swap_tensors`` asks this of both tensors before it exchanges them."""
+        raise _refusal("swap_tensors", (self,), {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the values as a plain tensor."""

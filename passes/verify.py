@@ -28,6 +28,7 @@ from lora_fx.passes.precisions import dtypes_through
 from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
 from lora_fx.passes.random_adapters import held_active, random_adapters
 from lora_fx.passes.registers import plain
+from lora_fx.passes.replaced import replaced
 from lora_fx.passes.rounding import weights_rounded
 from lora_fx.passes.runtime import effective, raw
 from lora_fx.passes.sharded import refuse_fully_sharded
@@ -64,7 +65,8 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     _, name = require(model, adapter)
     refuse_fully_sharded(model, "verify", "Verify before fully_shard, or on the unsharded model.")
     comparisons: list[Comparison] = []
-    notes: list[str] = []
+    gone = replaced(model, name)
+    notes: list[str] = [] if gone is None else [gone]
     with (
         held_active(model, name),
         preserved(model),

@@ -30,7 +30,9 @@ def plain_eager(x: Tensor, *others: Tensor | None) -> bool:
         return False
     if _torch._len_torch_function_stack() and _recorded():
         return False
-    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and x.layout is torch.strided
+    if type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, others)):
+        return False
+    return x.layout is torch.strided and not x.is_nested
 
 
 def _recorded() -> bool:

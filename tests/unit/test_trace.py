@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+import lora_fx
 from lora_fx.errors import InputError
 from lora_fx.passes.examples import tensors_in
 from lora_fx.passes.trace import Trace, trace
@@ -924,3 +925,19 @@ def test_random_writes_through_views(seed: int) -> None:
     for found, expected in zip(values, wanted, strict=True):
         # A clone lies closer in memory than the view it was made of: sums may round otherwise.
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_examples_are_refused_and_nested_inputs_taken(layout: torch.layout) -> None:
+    model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 4))
+    parts = [torch.randn(3, 300), torch.randn(2, 300)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    policy = lora_fx.Policy(lora_fx.Rule(rank=2))
+    with pytest.raises(InputError, match=r"nested tensor.*to_padded_tensor"):
+        lora_fx.inject(model, policy, nested)
+    lora_fx.inject(model, policy, torch.nested.to_padded_tensor(nested, 0.0), seed=0)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.normal_(std=0.1)
+        for found, part in zip(model(nested).unbind(), parts, strict=True):
+            torch.testing.assert_close(found, model(part))

@@ -158,6 +158,50 @@ def test_a_module_put_in_place_of_an_adapted_one_is_named(tmp_path: Path) -> Non
         lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
 
 
+def test_an_adapter_that_went_with_its_module_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    lora_fx.inject(model, EVERYTHING, x, seed=0)
+    assert lora_fx.verify(model, x).notes == ()
+    model[2] = nn.Linear(4, 2)
+    told = "adapter 'default' is gone from 2.weight: the module there was put in place after inject"
+    assert any(note.startswith(told) for note in lora_fx.verify(model, x).notes)
+    with pytest.warns(UserWarning, match="gone from 2.weight"), lora_fx.folded(model):
+        pass
+    with pytest.warns(UserWarning, match="gone from 2.weight"):
+        lora_fx.export_onnx(model, tmp_path / "a.onnx", x, certify=False)
+    with pytest.warns(UserWarning, match="gone from 2.weight"):
+        lora_fx.fold(model)
+
+
+def test_a_write_to_the_memory_of_the_effective_weight_raises() -> None:
+    model = injected()
+    before = run(model, IDS)
+    for write in (
+        lambda storage: storage.fill_(0),
+        lambda storage: storage.copy_(storage.clone()),
+        lambda storage: storage.resize_(0),
+        lambda storage: storage.__setitem__(0, 0),
+    ):
+        with pytest.raises(lora_fx.WeightWriteError, match="untyped_storage"), torch.no_grad():
+            write(model.body.weight.untyped_storage())
+    assert model.body.weight.untyped_storage().nbytes() == 8 * model.body.weight.numel()
+    assert distance(run(model, IDS), before) == 0
+    model.body._parameters["weight"].untyped_storage().fill_(0)  # W0's own memory may be written
+    assert distance(run(model, IDS), before) > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_exchanging_the_effective_weight_raises(first: bool) -> None:
+    model = injected()
+    other = nn.Parameter(torch.zeros_like(model.body._parameters["weight"]))
+    pair = (model.body.weight, other) if first else (other, model.body.weight)
+    with pytest.raises(lora_fx.WeightWriteError, match="W0"):
+        torch.utils.swap_tensors(*pair)
+    assert type(other) is nn.Parameter
+    assert not other.any()
+
+
 def test_a_state_dict_of_the_base_or_of_the_whole() -> None:
     model, other = injected(), Tied().double()
     missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
