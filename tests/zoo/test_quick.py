@@ -39,6 +39,7 @@ QUICK = {
     "transformers/convnext": 0.98,
     "transformers/blip": 0.95,
     "transformers/yolos": 0.2,
+    "torchvision/squeezenet1_1": 1.0,
     "timm/test_vit": 0.95,
     "timm/test_byobnet": 0.98,
     "timm/test_efficientnet": 0.98,
