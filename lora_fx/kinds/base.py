@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lora_fx.kinds.eager import widens
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 
@@ -180,10 +181,11 @@ def has_weight(module: nn.Module) -> bool:
 def low_rank(x: Tensor, part: LivePart) -> Tensor:
     """Return ``scale * (dropout(x) A^T) B^T`` for an input whose last axis is ``in``.
 
-    A and B are cast to the input's dtype, never the input up to theirs: a copy of every input in
-    float32 is what makes other libraries' half-precision branches large.
+    Where the input is in half precision and A in float32, the result is in float32; else it is computed
+    in the input's dtype.
     """
     x = F.dropout(x, part.dropout) if part.dropout else x
+    x = x.float() if widens(x, part.a) else x
     return _product(x, part.a, part.b) * part.scale
 
 
@@ -192,12 +194,12 @@ def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int, scale: float = 1.0) -> Tensor:
-    """Return ``result`` with ``scale * update`` added to the named rows of ``axis``, out of place."""
-    update = update.to(result.dtype)
+    """Return ``result`` with ``scale * update`` added to the rows of ``axis``, out of place, rounded once."""
+    dtype = result.dtype
     if rows is None:
-        return torch.add(result, update, alpha=scale)
-    index = rows_index(rows, result.device)
-    return result.index_add(axis, index, update, alpha=scale)
+        return torch.add(result, update, alpha=scale).to(dtype)
+    index, common = rows_index(rows, result.device), torch.promote_types(dtype, update.dtype)
+    return result.to(common).index_add(axis, index, update.to(common), alpha=scale).to(dtype)
 
 
 def rows_index(rows: Rows, device: torch.device) -> Tensor:

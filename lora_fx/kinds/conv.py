@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from lora_fx.kinds.base import (
 )
 from lora_fx.kinds.eager import plain_eager
 from lora_fx.kinds.fused_conv import fusable, fused_conv, geometry
+from lora_fx.kinds.wide import cast_up
+from lora_fx.kinds.wide_conv import wide, wide_conv
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -42,24 +45,27 @@ class _Geometry:
     groups: int
 
 
-def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, rows: Rows | None, how: _Geometry) -> Tensor:
+def _product(
+    x: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], rows: Rows | None, how: _Geometry
+) -> Tensor:
     """Return ``conv1x1(conv(x, A), B)``, on the named output channels alone."""
-    dims, rank, groups = weight.dim() - 2, a.shape[0], how.groups
+    dims, rank, groups = len(shape) - 2, a.shape[0], how.groups
     conv = _CONVS[dims]
-    kernel = a.to(x.dtype).reshape(rank, *weight.shape[1:])
+    kernel = a.to(x.dtype).reshape(rank, *shape[1:])
     kernel = kernel.repeat(groups, *[1] * (dims + 1)) if groups > 1 else kernel
     hidden = conv(x, kernel, None, how.stride, how.padding, how.dilation, groups)
     index = None if groups == 1 or rows is None else rows_index(rows, b.device)
     if index is not None:
         # A 1x1 grouped convolution needs every group's rows: put B's rows in their places.
-        b = b.new_zeros(weight.shape[0], rank).index_add(0, index, b)
+        b = b.new_zeros(shape[0], rank).index_add(0, index, b)
     update: Tensor = conv(hidden, b.to(x.dtype).reshape(*b.shape, *[1] * dims), None, 1, 0, 1, groups)
     return update if index is None else update.index_select(update.dim() - dims - 1, index)
 
 
 def _low_rank_conv(x: Tensor, weight: Tensor, part: LivePart, how: _Geometry) -> Tensor:
     x = F.dropout(x, part.dropout) if part.dropout else x
-    return _product(x, weight, part.a, part.b, part.rows, how)
+    product = partial(_product, shape=tuple(weight.shape), rows=part.rows, how=how)
+    return cast_up(product, x, part.a, part.b)
 
 
 def _adapted(dims: int) -> Branch:
@@ -81,12 +87,14 @@ def _adapted(dims: int) -> Branch:
             how = geometry(dims, stride, padding, dilation, groups)
             if how is not None and fusable(input, weight, bias, lora, how):
                 return fused_conv(input, weight, bias, lora[0], how)
+            if how is not None and wide(input, weight, bias, lora, how):
+                return wide_conv(input, weight, bias, lora[0], how)
         result: Tensor = conv(input, weight, bias, stride, padding, dilation, groups)
         for part in lora:
             update = _low_rank_conv(input, weight, part, _Geometry(stride, padding, dilation, groups))
             if part.rows is None and plain_eager(input, weight, bias, part.a, part.b):
                 # In place, so that the memory format stays, by which the next convolution picks its kernel.
-                result = result.add_(update.to(result.dtype), alpha=part.scale)
+                result = result.add_(update, alpha=part.scale)
             else:
                 result = add_rows(result, update, part.rows, result.dim() - dims - 1, part.scale)
         return result

@@ -8,6 +8,7 @@ same stride, padding, output padding, dilation); every group has its own ``A`` a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,12 @@ from lora_fx.kinds.base import (
     LivePart,
     LiveParts,
     Operand,
+    add_rows,
     has_weight,
     rows_index,
     shape_of,
 )
+from lora_fx.kinds.wide import cast_up
 from lora_fx.matrix import MatrixForm, Rows
 
 _CONVS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -75,7 +78,7 @@ def _adapted(dims: int) -> Branch:
         result: Tensor = transposed(input, weight, bias, *how)
         for part in lora:
             update = _low_rank(input, tuple(weight.shape), part, how)
-            result = result + update.to(result.dtype)
+            result = add_rows(result, update, None, 1)
         return result
 
     adapted_conv_transpose.__name__ = adapted_conv_transpose.__qualname__ = f"adapted_conv_transpose{dims}d"
@@ -84,11 +87,12 @@ def _adapted(dims: int) -> Branch:
 
 def _low_rank(x: Tensor, shape: tuple[int, ...], part: LivePart, how: _Geometry) -> Tensor:
     x = F.dropout(x, part.dropout) if part.dropout else x
-    return _product(x, shape, part.a, part.b, part.rows, how) * part.scale
+    product = partial(_product, shape=shape, rows=part.rows, how=how)
+    return cast_up(product, x, part.a, part.b) * part.scale
 
 
 def _product(
-    x: Tensor, shape: tuple[int, ...], a: Tensor, b: Tensor, rows: Rows | None, how: _Geometry
+    x: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], rows: Rows | None, how: _Geometry
 ) -> Tensor:
     """Return ``conv_transpose(conv1x1(x, A), B)``; ``a`` and ``b`` are stacked where there are groups."""
     dims, groups = len(shape) - 2, how.groups

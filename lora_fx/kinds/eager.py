@@ -41,6 +41,17 @@ def _recorded() -> bool:
     return not all(isinstance(mode, DeviceContext) for mode in modes)
 
 
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def widens(x: Tensor, a: Tensor) -> bool:
+    """Say whether products of ``x`` with ``a`` are to be in float32, of which ``x`` is half.
+
+    Under autocast they are in its dtype, as everything else there.
+    """
+    return x.dtype in _HALF and a.dtype is torch.float32 and autocast_dtype(x) is None
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast would compute a product of ``x`` in, or None outside autocast."""
     kind = x.device.type

@@ -100,7 +100,7 @@ class FusedConv(Function):
     ) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, weight, a, b)
-        return _conv(x, merge(weight, a, b, call.scale), bias, call.how)
+        return convolve(x, merge(weight, a, b, call.scale), bias, call.how)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
@@ -123,11 +123,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx = dw = da = db = None
     thin = call.thin and not need_weight and not torch.is_grad_enabled()
     if need_x:
-        dx = _grads(g, x, merge(weight, a, b, call.scale), how, (True, False))[0]
+        dx = gradients(g, x, merge(weight, a, b, call.scale), how, (True, False))[0]
     if thin:
         da, db = _thin_gradients(g, x, weight, a, b, call)
     elif need_a or need_b or need_weight:
-        dw = _grads(g, x, weight, how, (False, True))[1]
+        dw = gradients(g, x, weight, how, (False, True))[1]
         matrix = dw.reshape(dw.shape[0], -1)
         da = call.scale * (b.t() @ matrix) if need_a else None
         db = call.scale * (matrix @ a.t()) if need_b else None
@@ -142,9 +142,9 @@ def _thin_gradients(
     dims, rank = g.dim() - 2, a.shape[0]
     points = Geometry((1,) * dims, (0,) * dims, (1,) * dims, 1)
     kernel = a.view(rank, *weight.shape[1:])
-    hidden = _conv(x, kernel, None, call.how)
-    back, db = _grads(g, hidden, b.view(-1, rank, *(1,) * dims), points, (True, True))
-    da = _grads(back, x, kernel, call.how, (False, True))[1].reshape(a.shape)
+    hidden = convolve(x, kernel, None, call.how)
+    back, db = gradients(g, hidden, b.view(-1, rank, *(1,) * dims), points, (True, True))
+    da = gradients(back, x, kernel, call.how, (False, True))[1].reshape(a.shape)
     db = db.reshape(b.shape)
     return _scaled(da, call.scale), _scaled(db, call.scale)
 
@@ -160,12 +160,13 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.add(weight, (b @ a).view(weight.shape), alpha=scale)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
+    """Return ``conv(x, weight) + bias`` of the geometry."""
     none = [0] * len(how.stride)
     return torch.convolution(x, weight, bias, how.stride, how.padding, how.dilation, False, none, how.groups)
 
 
-def _grads(
+def gradients(
     g: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the input and of the weight, of which only those wanted are tensors."""

@@ -9,7 +9,8 @@ Saved are x (unless it can be made again, see ``producers``), h: (N, r), and ref
 Where there are many rows of x, merging is cheaper than adding, in either direction for itself: with
 ``W' = W + s B A``, which is not kept, ``y = x W'^T + b`` and ``dx = g W'``; h is then computed for dB alone.
 An x that was made again and is nobody else's gives its memory to dx.
-x is never cast up: A and B are cast to its dtype. Dropout masks are drawn again in the backward.
+Where x is in half precision and A and B in float32, the thin products are in float32 (``wide``); under
+autocast A and B are cast to its dtype. Dropout masks are drawn again in the backward.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from lora_fx.kinds import wide
 from lora_fx.kinds.base import LiveParts
-from lora_fx.kinds.eager import autocast_dtype, plain_eager
+from lora_fx.kinds.eager import autocast_dtype, plain_eager, widens
 from lora_fx.kinds.masks import Mask, draw
 from lora_fx.kinds.producers import Remade, remade
 from lora_fx.kinds.stacked import Slot, add_parts, outer, part_gradients, scaled, stacked, through_parts
@@ -33,7 +35,7 @@ class Call(NamedTuple):
 
     ``slots`` is None for one part on all rows. ``source`` makes the input again, where it need not be
     saved. ``scale`` includes what a mask's survivors are scaled by. ``merged`` and ``merged_back`` say that
-    W' is formed in the forward, and in the backward.
+    W' is formed in the forward, and in the backward. ``wide`` says that thin products are in float32.
     """
 
     scale: float
@@ -42,6 +44,7 @@ class Call(NamedTuple):
     source: Remade | None = None
     merged: bool = False
     merged_back: bool = False
+    wide: bool = False
 
 
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
@@ -83,7 +86,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     merged = merged_back = False
     if slots is None and mask is None and dtype is None:
         merged, merged_back = _merges(x, weight, a)
-    call = Call(scale, slots, mask, source, merged, merged_back)
+    call = Call(scale, slots, mask, source, merged, merged_back, widens(x, a))
     if dtype is not None:
         # x is cast outside, where its cast is differentiable; A and B are cast inside.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -159,6 +162,10 @@ def _forward(
     rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     if call.mask is not None:
         flat = call.mask.ones((flat.shape[0], flat.shape[1]), flat).mul_(flat)
+    if call.wide:
+        h = wide.thin(flat, a)
+        wide.add_parts(rows, h, call.slots, call.scale, bs)
+        return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])), h
     h = F.linear(flat, a if a.dtype is dtype else a.to(dtype))
     if call.slots is None:
         b = bs[0]
@@ -209,12 +216,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, h, weight, a, *bs = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_a, *need_bs = ctx.needs_input_grad
     g = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-    if a.dtype is not dtype:
-        a = a.to(dtype)
-    if bs[0].dtype is not dtype:
-        bs = [b.to(dtype) for b in bs]
+    if not call.wide:
+        a, bs = a.to(dtype), [b.to(dtype) for b in bs]
     thinned, spare = x, False
-    scale, slots, differentiable = call.scale, call.slots, torch.is_grad_enabled()
+    scale, differentiable = call.scale, torch.is_grad_enabled()
     mask = None if call.mask is None else call.mask.ones((g.shape[0], a.shape[1]), g)
     if need_a or need_weight or True in need_bs:
         if call.source is not None:
@@ -223,14 +228,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         thinned = x if mask is None else x * mask
         if h is None or differentiable:
-            h = F.linear(thinned, a)
-    if slots is None:
-        gb = g @ bs[0]
-        dbs = [outer(g, h, scale, bs[0]) if need_bs[0] else None]
-    else:
-        gb = through_parts(g, slots, bs)
-        dbs = part_gradients(g, h, slots, scale, bs, need_bs)
-    da = scaled(gb.t(), thinned, scale, a) if need_a else None
+            h = wide.thin(thinned, a) if call.wide else F.linear(thinned, a)
+    gb, dbs = _gradients_of_b(call, g, h, bs, need_bs)
+    da = None
+    if need_a:
+        da = wide.outer(gb, thinned, scale, a) if call.wide else scaled(gb.t(), thinned, scale, a)
     dw = g.t() @ x if need_weight else None
     dx = None
     if need_x:
@@ -238,20 +240,37 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing reads x any more: where it is nobody else's, dx takes its place.
         dx = torch.mm(g, merged, out=x) if spare and x.is_contiguous() else g @ merged
         if not call.merged_back:
-            dx = _grad_of_input(dx, gb, a, scale, mask, differentiable=differentiable)
+            dx = _grad_of_input(dx, gb, a, call, mask, differentiable=differentiable)
         dx = dx if grad.dim() == 2 else dx.view(*grad.shape[:-1], dx.shape[-1])
     return (dx, dw, g.sum(0) if need_bias else None, None, da, *dbs)
 
 
+def _gradients_of_b(
+    call: Call, g: Tensor, h: Tensor | None, bs: list[Tensor], needs: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return ``g B`` of all parts side by side, and the gradient of every B that needs one."""
+    if call.wide:
+        return wide.through_parts(g, h, call.slots, call.scale, bs, needs)
+    if call.slots is None:
+        return g @ bs[0], [outer(g, h, call.scale, bs[0]) if needs[0] and h is not None else None]
+    gb = through_parts(g, call.slots, bs)
+    if h is None:
+        return gb, [None for _ in bs]
+    return gb, part_gradients(g, h, call.slots, call.scale, bs, needs)
+
+
 def _grad_of_input(
-    dx: Tensor, gb: Tensor, a: Tensor, scale: float, mask: Tensor | None, *, differentiable: bool
+    dx: Tensor, gb: Tensor, a: Tensor, call: Call, mask: Tensor | None, *, differentiable: bool
 ) -> Tensor:
     """Add ``scale * gb A``, through the mask, to the base's gradient: in place where none will look."""
+    if call.wide:
+        add = wide.added_thin if differentiable else wide.add_thin
+        return add(dx, gb, a, call.scale, mask)
     if mask is not None:
-        return torch.addcmul(dx, gb @ a, mask, value=scale)
+        return torch.addcmul(dx, gb @ a, mask, value=call.scale)
     if differentiable:
-        return torch.addmm(dx, gb, a, alpha=scale)
-    return dx.addmm_(gb, a, alpha=scale)
+        return torch.addmm(dx, gb, a, alpha=call.scale)
+    return dx.addmm_(gb, a, alpha=call.scale)
 
 
 _apply: Any = FusedLinear.apply
