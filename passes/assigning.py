@@ -55,6 +55,14 @@ def delattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:
         """
         held = binding(self)
         if held is not None and name in held.sites:
+            frame = inspect.currentframe()
+            if frame is not None and is_read_by(frame.f_back, "torch.distributed.fsdp."):
+                raise WeightWriteError(
+                    f"{name!r} of {base.__name__}",
+                    expected="an adapted weight to stay in its module",
+                    got="FullyShardedDataParallel (FSDP1), which puts a flat parameter in its place",
+                    advice="Use torch.distributed.fsdp.fully_shard (FSDP2), which keeps parameters apart.",
+                )
             raise WeightWriteError(
                 f"{name!r} of {base.__name__}",
                 expected="an adapted weight to stay in its module",

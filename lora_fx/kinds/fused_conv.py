@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lora_fx.kinds import costs
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.eager import plain_eager
 
@@ -55,10 +56,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how: Geometry | None) -> bool:
-    """Say whether the merged convolution may and should stand for the branch.
-
-    Forming W' costs ``r out in`` twice, the branch ``r (out + in)`` at every place of the output, twice.
-    """
+    """Say whether the merged convolution may and should stand for the branch."""
     part = lora[0]
     if how is None or len(lora) > 1 or part.rows is not None or part.dropout:
         return False
@@ -69,7 +67,7 @@ def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how
     if torch.is_autocast_enabled(x.device.type):
         return False
     rows, columns = weight.shape[0], part.a.shape[1]
-    return how.groups > 1 or _places(x, weight, how) * (rows + columns) > 2 * rows * columns
+    return costs.conv_merges(_places(x, weight, how), rows, columns, how.groups)
 
 
 def _places(x: Tensor, weight: Tensor, how: Geometry) -> int:
@@ -85,8 +83,7 @@ def _places(x: Tensor, weight: Tensor, how: Geometry) -> int:
 def fused_conv(x: Tensor, weight: Tensor, bias: Tensor | None, part: LivePart, how: Geometry) -> Tensor:
     """Return ``conv(x, W + scale B A) + bias``."""
     rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1]
-    # Twice r (out + in) products at every place, against out in.
-    thin = how.groups == 1 and 2 * rank * (rows + columns) < rows * columns
+    thin = costs.conv_thin(rank, rows, columns, how.groups)
     result: Tensor = _apply(x, weight, bias, Call(how, part.scale, thin), part.a, part.b)
     return result
 

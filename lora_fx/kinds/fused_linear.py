@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from lora_fx.kinds import wide
+from lora_fx.kinds import costs, wide
 from lora_fx.kinds.base import LiveParts
 from lora_fx.kinds.eager import autocast_dtype, plain_eager, widens
 from lora_fx.kinds.masks import Mask, draw
@@ -95,19 +95,15 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     return _run(x, weight, bias, call, a, bs, graph=graph)
 
 
-_SMALL = 1 << 20
-_SMALL_WEIGHT = 1 << 16
-
-
 def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> Tensor | None:
     """Return ``x (W + scale B A)^T + b`` where that is the cheapest, else None.
 
     Where the products are so small that dispatching them is what costs, autograd's own three nodes beat
     one in Python, though the gradient goes through that of W.
     """
-    size = weight.numel()
     part, *more = lora
-    if size > _SMALL_WEIGHT or more or x.numel() * weight.shape[0] > _SMALL:
+    out, columns = weight.shape
+    if more or not costs.keeps(x.numel() // max(columns, 1), out, columns):
         return None
     if part.rows is not None or part.dropout or weight.dtype is not part.a.dtype:
         return None
@@ -116,20 +112,16 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
     return F.linear(x, torch.addmm(weight, part.b, part.a, alpha=part.scale), bias)
 
 
-_MANY = 2
-
-
 def _merges(x: Tensor, weight: Tensor, a: Tensor) -> tuple[bool, bool]:
     """Say whether forming W' costs less than adding h B^T to y, and than adding g' A to dx.
 
-    Both are thin products and bound by memory: a pass over W: (out, in) against one over y: (N, out), or
-    over dx: (N, in). In half precision W' would round the adapter away.
+    In half precision W' would round the adapter away.
     """
     if weight.element_size() < 4 or weight.dtype is not a.dtype:
         return False, False
     out, columns = weight.shape
     rows = x.numel() // max(columns, 1)
-    return rows >= _MANY * columns, rows >= _MANY * out
+    return costs.merges(rows, out, columns)
 
 
 def _run(

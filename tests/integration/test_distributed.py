@@ -91,7 +91,7 @@ def test_trainer_and_lightning_in_two_processes(tmp_path: Path) -> None:
 
 
 def test_tensor_parallelism_is_refused_on_either_side_of_inject(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, (work.wrappers, ()), (work.tensor_parallel, ()))
+    in_two_processes(tmp_path, (work.wrappers, ()), (work.tensor_parallel, ()), (work.flat_parameters, ()))
 
 
 def test_torchrun_runs_the_example(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
 from lora_fx.checkpoints import adapter_state, load_adapter_state, materialise, reset_adapter
-from lora_fx.errors import LoraFxError, WrappedModelError
+from lora_fx.errors import LoraFxError, WeightWriteError, WrappedModelError
 from tests.integration.small import Net, adapted, base, batch, gap, loss, rules, train
 
 ROUNDING = 1e-5
@@ -199,6 +199,12 @@ def wrappers(rank: int, folder: Path) -> None:
     plan = {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()}
     with pytest.raises(WrappedModelError, match="DTensor"):
         lora_fx.inject(parallelize_module(base(), mesh, plan), rules(), batch(0))
+
+
+def flat_parameters(rank: int, folder: Path) -> None:
+    """FSDP1 replaces weights by a flat parameter: it is refused, with what to use instead."""
+    with pytest.raises(WeightWriteError, match="fully_shard"):
+        FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def tensor_parallel(rank: int, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.kinds import fused_linear, stacked
+from lora_fx.kinds import costs, fused_linear, stacked
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.linear import adapted_linear, composed_linear
 
@@ -23,7 +23,7 @@ FORMS = ("one", "scaled", "rows", "pieces", "scales", "sum")
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the fused operation for small shapes too, where merging would be chosen."""
     torch.manual_seed(0)
-    monkeypatch.setattr(fused_linear, "_SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL_PRODUCT", 0)
 
 
 def low_rank(rank: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def test_start_is_bit_equal_to_the_base(form: str) -> None:
 @pytest.mark.parametrize("many", [0, 1e9])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck_twice(form: str, many: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "_MANY", many)
+    monkeypatch.setattr(costs, "MANY", many)
     (_, weight, bias), parts = inputs(torch.float64), parts_of(form, torch.float64)
 
     def run(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_trained_base_and_bias_get_their_gradients() -> None:
 
 
 def test_small_products_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "_SMALL", 1 << 20)
+    monkeypatch.setattr(costs, "SMALL_PRODUCT", 1 << 20)
     (x, weight, bias), parts = inputs(torch.float32), parts_of("scaled", torch.float32)
     y = adapted_linear(x, weight, bias, lora=parts)
     assert "Fused" not in type(y.grad_fn).__name__

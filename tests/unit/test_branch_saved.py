@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.kinds import fused_linear, producers
+from lora_fx.kinds import costs, producers
 from lora_fx.kinds.base import LivePart
 from lora_fx.kinds.linear import adapted_linear
 from lora_fx.kinds.producers import remade, remake_inputs, remember_norms
@@ -23,7 +23,7 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(fused_linear, "_SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL_PRODUCT", 0)
 
 
 class RMSNorm(nn.Module):
