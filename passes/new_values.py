@@ -14,7 +14,9 @@ from lora_fx.passes.extent import Extent
 from lora_fx.passes.weights import Weights
 
 BAND = 4 << 20
-"""Weights of more elements than this are changed in parts of about so many, in place."""
+"""Weights of more elements than this are changed in parts, in place."""
+PART = 1 << 20
+"""About how many elements a part has; there are some ten tensors of this size at a time."""
 
 Observe = Callable[[str, Extent], None]
 """Told how much a weight was changed, by its name, when its new value is computed."""
@@ -35,7 +37,7 @@ def changed_in_bands(weights: Weights, name: str, weight: Tensor, observe: Obser
     band = weights.band
     if band is None or weight.numel() <= BAND:
         return False
-    count = max(1, BAND // max(1, weight[0].numel()))
+    count = max(1, min(BAND, PART) // max(1, weight[0].numel()))
     extents: list[Extent] = []
     for start in range(0, len(weight), count):
         part = weight[start : start + count]
