@@ -144,6 +144,4 @@ HINTS: dict[str, dict[str, Any]] = {
             "visual_pos": torch.rand(2, 4, config.visual_pos_dim),
         }
     },
-        "inputs": lambda config: {"input_features_mask": torch.ones(2, 64, dtype=torch.long)}
-    },
 }
