@@ -88,7 +88,8 @@ def _head(built: Sequence[Row], attending: Sequence[Row]) -> str:
     text = f"""Measured {days} by `python -m tests.zoo.run --roles`; `make zoo` measures again. Around every
 attention of every model of the zoo that builds, rows named q are changed alone, all of them and each end of
 their ranges by itself: the query changes and neither key nor value does; likewise k and v; and rows of the
-same weights that are named none of these change none. `multi_head_attention_forward` is looked into."""
+same weights that are named none of these change none. `multi_head_attention_forward` is looked into.
+Rows of one page may come from successive commits."""
     lines = ["# Roles under perturbation, over the whole zoo", "", text, "", "| | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {figure} |" for what, figure in facts.items())])
 
