@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter_file import AdapterFile
-from lora_fx.errors import BaseMismatchError
+from lora_fx.errors import BaseMismatchError, ProviderError
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.passes import onnx_files, onnx_session
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data
 from lora_fx.passes.onnx_serve import adapted_session
-from lora_fx.providers import Providers, choose
+from lora_fx.providers import Providers, Runtime, choose
 
 
 def session(
@@ -34,19 +36,37 @@ def session(
     Raises:
         ExportError: there is no such file, or the adapter cannot be folded into it.
         BaseMismatchError: the adapter was made for another base, or an overlay lies over other data.
-        ProviderError: the provider asked for is not there, or the runtime fell back from it.
+        ProviderError: the provider asked for is not there, the runtime fell back from it, or it lacks an
+            operator in the file's precision.
     """
     file = Path(path)
     onnx_files.require_file(file)
     runtime = choose(providers)
-    if adapter is not None:
-        return adapted_session(
-            file, adapter, runtime, threads=threads, share_weights=share_weights, base_check=base_check
-        )
-    _check_data(file)
-    entries = {"session.disable_prepacking": "1"} if share_weights else None
-    options = onnx_session.options(threads=threads, entries=entries)
-    return onnx_session.open_session(file, runtime, session_options=options)
+    with _named_kernels(file, runtime):
+        if adapter is not None:
+            return adapted_session(
+                file, adapter, runtime, threads=threads, share_weights=share_weights, base_check=base_check
+            )
+        _check_data(file)
+        entries = {"session.disable_prepacking": "1"} if share_weights else None
+        options = onnx_session.options(threads=threads, entries=entries)
+        return onnx_session.open_session(file, runtime, session_options=options)
+
+
+@contextmanager
+def _named_kernels(file: Path, runtime: Runtime) -> Generator[None]:
+    """Say in our own words that the provider lacks an operator, as the CPU's do in bfloat16."""
+    try:
+        yield
+    except Exception as error:
+        if "NOT_IMPLEMENTED" not in str(error):
+            raise
+        raise ProviderError(
+            str(file),
+            expected=f"operators that {runtime.first} computes in the file's precision",
+            got=str(error).strip().splitlines()[0],
+            advice="Choose another provider, or export in float32 or float16.",
+        ) from error
 
 
 def _check_data(file: Path) -> None:

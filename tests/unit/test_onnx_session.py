@@ -147,3 +147,15 @@ def test_an_overlay_without_its_base_is_refused(served: tuple[Path, list[Path]],
     assert session(overlay).get_inputs()
     with pytest.raises(BaseMismatchError, match="no such file"):
         session(tmp_path / "1.onnx")
+
+
+def test_a_precision_without_kernels_is_named(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    main (bfloat16[2,2] x) => (bfloat16[2,2] y) { y = MatMul (x, x) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "b.onnx")
+    with pytest.raises(
+        ProviderError, match=r"b\.onnx: expected operators.*NOT_IMPLEMENTED.*float32 or float16"
+    ):
+        session(tmp_path / "b.onnx", providers="cpu")
