@@ -124,8 +124,17 @@ class Convolutional(nn.Module):
 
 
 def transformer() -> nn.Module:
+    """An encoder whose layers differ, as trained ones do.
+
+    torch makes them as copies of one, and a base of equal layers was 2% faster than any of unequal ones: than
+    itself with every weight's entries shuffled, too.
+    """
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    made = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    return made
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

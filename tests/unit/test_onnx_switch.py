@@ -130,6 +130,25 @@ def test_a_tied_weight_has_a_branch_in_both_places(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), folded(IDS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision(precision: str, tmp_path: Path) -> None:
+    model = made(Tied)
+    export_onnx(model, tmp_path / "base.onnx", IDS, precision=precision, certify=False)
+    file = adapter(model, ("emb.weight", "up.weight"))
+    paths = (tmp_path / "base.onnx", file, tmp_path / "switch.onnx")
+    with pytest.raises(BaseMismatchError, match="float32"):
+        switch_onnx(*paths)
+    if precision == "bfloat16":  # the CPU provider has no kernels for it
+        with pytest.raises(CertificateError, match=r"'runtime'.*NOT_IMPLEMENTED"):
+            switch_onnx(*paths, base_check="shape", providers="cpu")
+        assert not list(tmp_path.glob("switch*"))
+        return
+    assert switch_onnx(*paths, base_check="shape").ok
+    pack_adapter(paths[2], file, tmp_path / "again.onnx_adapter", base_check="shape")
+    packed = [tmp_path / f"{name}.onnx_adapter" for name in ("switch.adapter", "again")]
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+
+
 def test_what_a_file_has_no_input_for_is_refused(switch: tuple[nn.Module, Path], tmp_path: Path) -> None:
     base, path = switch[1].with_name("base.onnx"), switch[1]
     model = made(Net)
