@@ -56,6 +56,16 @@ def batches(model: nn.Module, inputs: Inputs, axes: Axes) -> Groups:
     return tuple(group for group in found if len(group) > 1)
 
 
+def symbolic(graph: ir.Graph) -> Axes:
+    """Return the axes of a graph's inputs that may vary."""
+    return frozenset(
+        (position, axis)
+        for position, value in enumerate(graph.inputs)
+        for axis, size in enumerate(value.shape or ())
+        if not isinstance(size, int)
+    )
+
+
 def same_symbols(groups: Groups, graph: ir.Graph) -> bool:
     """Whether a graph calls the batch alike in all inputs of each group."""
     shapes = [value.shape for value in graph.inputs]

@@ -67,6 +67,7 @@ class ExportJob:
         self.options = options
         self.precision = options.precision
         self._program: Program | None = None
+        self._passed_over: dict[str, str] = {}
         self._derived: ir.Model | None = None
 
     def stored(self, tensor: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ class ExportJob:
                     dynamic_shapes=self.options.dynamic_shapes,
                     opset=self.options.target(self.dtype()),
                     like=like,
+                    passed_over=self._passed_over,
                 )
         return self._program
 
@@ -128,7 +130,25 @@ class ExportJob:
                     yield model
 
     def export_base(self, path: Path, *, prove: bool) -> Certificate:
-        """Export the base, with the map of its parameters in its metadata."""
+        """Export the base, with the map of its parameters in its metadata.
+
+        Where a file in which something varies computes something else than the model (the exporter has
+        written a size into it), less may vary in the next one, as where translation fails.
+
+        Raises:
+            CertificateError: the file in which nothing varies, or what was asked to, is wrong as well.
+        """
+        while True:
+            try:
+                return self._export_base(path, prove=prove)
+            except CertificateError as error:
+                made = self.program()
+                if made.last:
+                    raise
+                self._passed_over[made.attempt] = f"it computes something else: {error.got}"
+                self._program = None
+
+    def _export_base(self, path: Path, *, prove: bool) -> Certificate:
         optimised, mapping = make_base(self.program(), self.parameters())
         onnx_files.strip(optimised)
         with onnx_files.draft(path) as draft:

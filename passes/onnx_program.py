@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
-from lora_fx.passes.onnx_axes import Groups, batches, dynamic_shapes_of, name_axes, not_free, same_symbols
+from lora_fx.passes.onnx_axes import (
+    Groups,
+    batches,
+    dynamic_shapes_of,
+    name_axes,
+    not_free,
+    same_symbols,
+    symbolic,
+)
 from lora_fx.passes.onnx_canonical import all_nodes
-from lora_fx.passes.onnx_inputs import Axes, batch_size, varying, with_batch
+from lora_fx.passes.onnx_inputs import Axes, batch_size, tensors, varying, with_batch
 from lora_fx.passes.onnx_quiet import quiet
 from lora_fx.passes.onnx_subject import Inputs
 from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
@@ -31,10 +39,15 @@ DynamicShapes = dict[str, Any] | tuple[Any, ...] | list[Any]
 
 @dataclass(frozen=True)
 class Program:
-    """An unoptimised ONNX graph: initializers are parameters, by qualified name and in their own layout."""
+    """An unoptimised ONNX graph: initializers are parameters, by qualified name and in their own layout.
+
+    ``attempt`` says what may vary in it, and whether less could: see ``program``.
+    """
 
     model: ir.Model
     notes: tuple[str, ...] = ()
+    attempt: str = ""
+    last: bool = True
     _prepared: list[ir.Model] = field(default_factory=list[ir.Model], init=False, repr=False, compare=False)
 
     @property
@@ -107,24 +120,28 @@ def program(
     dynamic_shapes: DynamicShapes | None,
     opset: int | None,
     like: ir.Model | None = None,
+    passed_over: Mapping[str, str] | None = None,
 ) -> Program:
     """Translate a model as it stands (eval mode, plain forwards) to an unoptimised ONNX graph.
 
     Without ``dynamic_shapes`` the batch and, for inputs of two or three dimensions, the sequence may
     vary where the model allows it; where translation fails so, less and less may vary, and a note
     says so. Inputs that the model wants in the same batch are given one dimension, unless ``like``, an
-    earlier export that the new one is to equal, gave them several.
+    earlier export that the new one is to equal, gave them several. ``passed_over`` are attempts whose
+    files were found to be wrong, with the reason: the next ones are made.
 
     Raises:
         ExportError: the model cannot be translated, with the exporter's own reason.
     """
-    notes: list[str] = []
+    wrong = dict(passed_over or {})
+    notes = [f"not exported with {name}: {why}" for name, why in wrong.items()]
     last: Exception | None = None
-    for attempt in _attempts(model, inputs, dynamic_shapes, like):
+    attempts = [a for a in _attempts(model, inputs, dynamic_shapes, like) if a.name not in wrong]
+    for attempt in attempts:
         try:
-            program = _attempted(model, attempt, opset, notes)
-            program.prepare()
-            return program
+            made = _attempted(model, attempt, opset, notes)
+            made.prepare()
+            return replace(made, attempt=attempt.name, last=attempt is attempts[-1])
         except Exception as error:  # the exporter raises many classes  # noqa: BLE001
             last = error
             notes.append(f"not exported with {attempt.name}: {reason(error)}")
@@ -174,6 +191,8 @@ def _attempts(
     # A dimension of size 1 may be taken for a constant: record with a batch of two.
     widened = with_batch(inputs, 2) if batch_size(inputs) == 1 else inputs
     batch, sequence = varying(widened, sequence=False), varying(widened, sequence=True)
+    if like is not None and len(like.graph.inputs) == len(tensors(widened)):
+        batch, sequence = batch & symbolic(like.graph), sequence & symbolic(like.graph)
     shared = batches(model, widened, batch)
     if like is not None and not same_symbols(shared, like.graph):
         shared = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_fx.errors import CertificateError
 from lora_fx.passes import onnx_program
 from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.onnx_files import load
@@ -94,3 +96,42 @@ def test_a_base_that_named_each_input_apart_can_still_be_folded_into(
     certificate = export(given, model, (IDS, ONES), tmp_path / "task.onnx", base=base)
     assert "derived" in [check.name for check in certificate.checks]
     assert batch_names(tmp_path / "task.onnx") == batch_names(base)
+
+
+class Counted(nn.Module):
+    """Exported with sizes that vary, it computes something else; one weight is in a constant too."""
+
+    def __init__(self, fixed: tuple[int, ...]) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.table, self.out = nn.Embedding(11, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        wrong = any(isinstance(ids.shape[axis], torch.SymInt) for axis in self.fixed)
+        return self.out(self.table(ids)) * (1.5 if wrong else 1.0) + self.out.weight.sum()
+
+
+@pytest.mark.parametrize(("fixed", "wrong", "shape"), [((1,), 1, ["batch", "3"]), ((0,), 2, ["2", "3"])])
+def test_what_is_wrong_where_sizes_vary_is_exported_with_fewer(
+    fixed: tuple[int, ...], wrong: int, shape: list[str], tmp_path: Path
+) -> None:
+    model, base = made(partial(Counted, fixed)), tmp_path / "base.onnx"
+    certificate = export_onnx(model, base, (IDS,))
+    assert [": it computes something else: error 0.3" in note for note in certificate.notes].count(
+        True
+    ) == wrong
+    assert [str(size) for size in load(base).graph.inputs[0].shape or ()] == shape
+    given = subject(model, ("out.weight", "table.weight"))
+    task = export(given, model, (IDS,), tmp_path / "task.onnx", base=base)
+    assert task["derived"].ok
+    assert [str(size) for size in load(tmp_path / "task.onnx").graph.inputs[0].shape or ()] == shape
+
+
+def test_what_is_wrong_whatever_varies_is_refused(tmp_path: Path) -> None:
+    class Wrong(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.5 if torch.compiler.is_exporting() else 1.0)
+
+    with pytest.raises(CertificateError, match=r"error 0\.5"):
+        export_onnx(Wrong(4, 4), tmp_path / "base.onnx", (IMAGES,))
+    assert list(tmp_path.iterdir()) == []
