@@ -320,6 +320,32 @@ def test_the_injected_model_may_lose_what_its_base_does(
     assert check.ok is fine
 
 
+class _Turning(nn.Module):
+    """With larger weights float32 loses more in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(30, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.linear(x))
+
+
+def test_the_folded_file_may_lose_what_its_weights_lose_in_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = made(_Turning), torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    large = subject(model, ("linear.weight",), size=100.0)
+    data = export(large, model, x, tmp_path / "task.onnx", base=tmp_path / "base.onnx")["parity"].data
+    assert data["example"]["folded"] > certify_parity.FACTOR * data["example"]["base"] + 2e-6
+    run, calls = certify_parity.run, itertools.count()
+    monkeypatch.setattr(
+        certify_parity, "run", lambda *args: [out * (1 + 1e-3 * (next(calls) % 2)) for out in run(*args)]
+    )
+    with pytest.raises(CertificateError, match="against the folded model"):
+        export(large, model, x, tmp_path / "wrong.onnx", base=tmp_path / "base.onnx")
+
+
 def test_a_file_that_the_runtime_refuses_is_a_finding(
     files: tuple[Path, Path, AdapterFile], tmp_path: Path
 ) -> None:
