@@ -227,7 +227,10 @@ def _header_checksum(metadata: Mapping[str, str]) -> str:
 def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     expected = f"a lora_fx adapter, format_version {FORMAT_VERSION}"
     if path.is_dir():
-        advice = "Name the file in it; load_adapter alone reads peft's folders."
+        advice = (
+            "Name the file in it. A peft folder is read by load_adapter alone: load it into its model, and "
+            "save it with save_adapter."
+        )
         raise AdapterFileError(str(path), expected=expected, got="a folder", advice=advice)
     if not path.is_file():
         raise NoAdapterFileError(str(path), expected=expected, got="no such file", advice="Check the path.")
@@ -235,7 +238,8 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _bad(path, f"a damaged file ({error})", "Copy or save it again.") from error
+        advice = "Pass a file that save_adapter wrote; if this is one, copy or save it again."
+        raise _bad(path, f"a file that is damaged, or no safetensors file ({error})", advice) from error
 
 
 def _bad(path: str | Path, got: str, advice: str) -> AdapterFileError:

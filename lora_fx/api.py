@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.deciding import Model, module_of, plan_of, refuse_misfit_of, source_of, trace_of
+from lora_fx.errors import AdapterFileError
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.notices import warn_user
 from lora_fx.passes import adapter_io, peft_io, remove, switch
@@ -170,9 +171,12 @@ def save_adapter(
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
-        AdapterFileError: the path is a folder's, and the format is not peft's.
+        AdapterFileError: the path is a folder's, or with ``format="peft"`` a file's; or an unknown format.
         PeftFormatError: the adapter holds what peft's format cannot; it is named.
     """
+    if format not in {"lora_fx", "peft"}:
+        expected, advice = 'format="lora_fx" or format="peft"', "Name one of them."
+        raise AdapterFileError(str(path), expected=expected, got=repr(format), advice=advice)
     file = adapter_io.collect(model, adapter)
     written = peft_io.as_peft(model, file) if format == "peft" else file
     target = peft_io.folder_of(path, adapter) if format == "peft" else path

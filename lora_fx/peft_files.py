@@ -29,8 +29,15 @@ class PeftFolder:
     tensors: Mapping[str, Tensor]
 
     def write(self, folder: str | Path) -> None:
-        """Write both files, each whole or not at all; the folder is made where it is not there."""
+        """Write both files, each whole or not at all; the folder is made where it is not there.
+
+        Raises:
+            AdapterFileError: the path is a file's.
+        """
         target = Path(folder)
+        if target.exists() and not target.is_dir():
+            advice = "Name a folder: peft keeps two files in it."
+            raise AdapterFileError(str(target), expected="a folder's path", got="a file", advice=advice)
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: tensor.detach().to("cpu").clone().contiguous() for key, tensor in self.tensors.items()

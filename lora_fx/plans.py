@@ -271,9 +271,13 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            version = data["plan_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise _unreadable(str(error)) from error
+        if not isinstance(data, dict) or "plan_version" not in data:
+            if isinstance(data, dict) and "rules" in data:
+                raise _unreadable("a policy, which Policy.from_json reads")
+            raise _unreadable("no plan_version in it")
+        version = data["plan_version"]
         if version != PLAN_VERSION:
             raise PlanError(
                 "the plan",

@@ -110,6 +110,13 @@ class Policy:
     @classmethod
     def from_data(cls, data: Any) -> Policy:
         """Read a policy from plain data, as JSON holds it."""
+        if isinstance(data, Mapping) and "plan_version" in data:
+            raise PolicyError(
+                "a policy",
+                expected='an object with "rules": [...]',
+                got="a plan",
+                advice="Read it with Plan.from_json, and pass it to inject in the policy's place.",
+            )
         if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
             raise bad_value("a policy", 'an object with "rules": [...]', data)
         refuse_unknown("a policy", data, ("policy_version", "rules", *_DEFAULTS))

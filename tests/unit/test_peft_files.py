@@ -432,3 +432,29 @@ def test_a_half_precision_base(tmp_path):
     # The adapter's own numbers are exact, whatever the base's precision.
     again = loaded(MODELS["llama"]()[0], tmp_path / "b")
     assert torch.equal(output(again, inputs), output(wide, inputs))
+
+
+def test_a_format_that_is_none_and_a_path_that_is_a_file_are_refused(tmp_path):
+    model, inputs = MODELS["gpt2"]()
+    model = lora_fx.inject(model, Policy(Rule(role="q", rank=2)), inputs)
+    with pytest.raises(AdapterFileError, match="got 'hf'"):
+        lora_fx.save_adapter(model, tmp_path / "a", format="hf")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "b").write_text("kept")
+    with pytest.raises(AdapterFileError, match="expected a folder's path; got a file"):
+        lora_fx.save_adapter(model, tmp_path / "b", format="peft")
+    assert (tmp_path / "b").read_text() == "kept"
+
+
+def test_what_is_no_adapter_file_says_what_to_pass(tmp_path):
+    model, inputs = MODELS["gpt2"]()
+    lora_fx.save_adapter(
+        lora_fx.inject(model, Policy(Rule(role="qkv", rank=2)), inputs), tmp_path / "a", format="peft"
+    )
+    with pytest.raises(AdapterFileError, match="load it into its model, and save it with save_adapter"):
+        lora_fx.AdapterFile.read(tmp_path / "a")
+    (tmp_path / "base.onnx").write_bytes(bytes(range(8, 200)))
+    with pytest.raises(
+        AdapterFileError, match=r"or no safetensors file .* Pass a file that save_adapter wrote"
+    ):
+        lora_fx.AdapterFile.read(tmp_path / "base.onnx")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.claims import subtract_rows
-from lora_fx.errors import PolicyError
+from lora_fx.errors import PlanError, PolicyError
 from lora_fx.matrix import Rows, stacked_form
 from lora_fx.plans import Part, Plan, Reason
 from lora_fx.policy import Policy, Rule, Skip, Train
@@ -664,3 +664,13 @@ def test_large_weights_in_the_weight_form_are_warned_of():
     assert [str(seen[0].message)] == list(made.notes)
     smaller = [site("large", (8192, 8191), uses=(WEIGHT,)), site("half", (8192, 8192), dtype="float16")]
     assert plan(smaller, Policy(Rule())).notes == ()
+
+
+def test_a_policy_read_as_a_plan_and_the_other_way_round_are_told_apart():
+    policy = Policy(Rule(role="qv", rank=4))
+    with pytest.raises(PlanError, match=r"got a policy, which Policy\.from_json reads"):
+        Plan.from_json(policy.to_json())
+    with pytest.raises(PlanError, match="got no plan_version in it"):
+        Plan.from_json("[]")
+    with pytest.raises(PolicyError, match=r"got a plan\. Read it with Plan\.from_json"):
+        Policy.from_json(plan(attention("a", 8), policy).to_json())
