@@ -48,7 +48,7 @@ class Layout:
         if self.kernel is None:
             return a.T.contiguous(), b.T.contiguous()
         if self.recipe.scale is not None:
-            b = b * torch.tensor(self.recipe.scale.factors)[:, None].to(b)
+            b = b * torch.tensor(self.recipe.scale.factors, dtype=b.dtype)[:, None]
         ones = [1] * (len(self.kernel) - 1)
         return a.reshape(len(a), *self.kernel).contiguous(), b.reshape(*b.shape, *ones).contiguous()
 
@@ -85,8 +85,9 @@ def factors(file: AdapterFile, name: str) -> Factors | None:
         return None
     form, parts, _ = file.low_rank(name)
     rows = [part.b if part.rows is None else _spread(part.b, part.rows, form.out_features) for part in parts]
-    scaled = [b.float() * part.scale for b, part in zip(rows, parts, strict=True)]
-    return torch.cat([part.a.float() for part in parts]), torch.cat(scaled, dim=1)
+    # In float64, as a float64 base needs; what it is put into rounds it once.
+    scaled = [b.double() * part.scale for b, part in zip(rows, parts, strict=True)]
+    return torch.cat([part.a.double() for part in parts]), torch.cat(scaled, dim=1)
 
 
 def _spread(b: Tensor, rows: Sequence[tuple[int, int]], count: int) -> Tensor:

@@ -130,6 +130,20 @@ def test_a_tied_weight_has_a_branch_in_both_places(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), folded(IDS), rtol=1e-4, atol=1e-5)
 
 
+def test_double_precision_is_kept(tmp_path: Path) -> None:
+    layers = (nn.Linear(8, 6), nn.Tanh(), nn.Flatten(), nn.Linear(18, 5))  # a MatMul and a Gemm
+    model, signal = nn.Sequential(*layers).double().eval(), IMAGE[:, :, 0].double()
+    export_onnx(model, tmp_path / "base.onnx", signal, certify=False)
+    lora_fx.inject(model, Policy(Rule(rank=2, alpha=3.1)), signal)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=RANDOM))
+    lora_fx.save_adapter(model, tmp_path / "a.safetensors")
+    certificate = switch_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "switch.onnx")
+    assert certificate.ok
+    assert not certificate.notes
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_half_precision(precision: str, tmp_path: Path) -> None:
     model = made(Tied)
