@@ -14,6 +14,8 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, to
 """Largest allowed |injected - folded| / |folded| by norm, by the dtype of the output."""
 GRADIENTS = 10.0
 """Gradients may lose so many times what outputs may."""
+HALF = 0.5
+"""No gradient may lose more in any dtype: one that is missing, or doubled, is off by 1."""
 ROUNDING = 256.0
 """Gradients below so many times the rounding of the largest one are rounding themselves."""
 DISCOUNT = 4.0
@@ -55,7 +57,7 @@ def gradients_compared(
     right = [torch.zeros_like(g) if w is None and g is not None else w for g, w in pairs]
     got = torch.cat([t.flatten() for t in left if t is not None])
     expected = torch.cat([t.flatten() for t in right if t is not None])
-    tolerance = GRADIENTS * tolerance_of(TOLERANCES, dtype, *through)
+    tolerance = min(HALF, GRADIENTS * tolerance_of(TOLERANCES, dtype, *through))
     rounding = torch.finfo(dtype).eps * largest
     gap = size([got - expected])
     if max(size([got]), size([expected])) <= ROUNDING * rounding:

@@ -113,6 +113,27 @@ def test_a_fault_is_found_in_half_precision() -> None:
         lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=4)), x, seed=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fault", ["missing", "doubled"])
+def test_a_gradient_that_is_missing_or_doubled_is_found_in_half_precision(
+    dtype: torch.dtype, fault: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype), torch.randn(5, 8)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x.to(dtype), seed=0)
+    assert lora_fx.verify(model, x.to(dtype)).ok
+    factor = {"missing": 0.0, "doubled": 2.0}[fault]
+
+    def faulty(module: nn.Module, _: object, y: Tensor) -> Tensor:
+        # The value as it is; the gradient times the factor where the adapter is computed.
+        return y if type(module) is nn.Linear else y.detach() + factor * (y - y.detach())
+
+    model[2].register_forward_hook(faulty)
+    report = lora_fx.verify(model, x.to(dtype))
+    assert not report.ok
+    assert all(c.ok for c in report.comparisons if c.what == "outputs")
+
+
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4)), torch.randn(5, 300)
