@@ -38,15 +38,17 @@ def adapted_embedding(
     result = F.embedding(input, weight, *how)
     padding = None if padding_idx is None or not lora else (input == padding_idx % weight.shape[0])
     for part in lora:
-        update = _looked_up(input, part.a, part.b)
+        update = _looked_up(input, part.a, part.b, weight.dtype)
         if padding is not None:
             update = torch.where(padding.unsqueeze(-1), update.detach(), update)
         result = add_rows(result, update, part.rows, -1, part.scale)
     return result
 
 
-def _looked_up(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return F.linear(F.embedding(ids, a.t()), b)
+def _looked_up(ids: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    # As exact as the wider of table and adapter: nothing is cast where they are alike.
+    wide = torch.promote_types(a.dtype, dtype)
+    return F.linear(F.embedding(ids, a.t()).to(wide), b.to(wide))
 
 
 class EmbeddingKind(Kind):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -39,7 +40,8 @@ def adapted_embedding_bag(
         return F.embedding_bag(input, effective_weight(weight, form, lora), offsets, **given)
     result = F.embedding_bag(input, weight, offsets, **given)
     for part in lora:
-        update = _bags(input, offsets, part.a, part.b, given)
+        wide = torch.promote_types(part.a.dtype, weight.dtype)
+        update = _bags(input, offsets, part.a.to(wide), part.b.to(wide), given)
         result = add_rows(result, update * part.scale, part.rows, -1)
     return result
 

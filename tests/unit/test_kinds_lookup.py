@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_fx
 from lora_fx.kinds import BY_NAME
+from lora_fx.passes.fold import folded
 from tests.by_hand import adapt, branched, check, distance, owned_forms, run
 
 IDS = torch.tensor([[1, 4, 4, 2], [0, 3, 4, 1], [2, 2, 0, 6]])
@@ -111,3 +113,22 @@ def test_dropout_acts_on_the_branch_alone() -> None:
     first, second = model(x, y), model(x, y)
     assert distance(first, second) > 1e-6
     assert distance(first, base) < 1
+
+
+@pytest.mark.parametrize("kind", ["embedding", "embedding_bag"])
+@pytest.mark.parametrize(
+    ("table", "adapter", "limit"),
+    [(torch.float64, torch.float32, 1e-12), (torch.float32, torch.bfloat16, 1e-6)],
+)
+def test_a_narrower_adapter_is_computed_as_exactly_as_its_table(
+    kind: str, table: torch.dtype, adapter: torch.dtype, limit: float
+) -> None:
+    layer = {"embedding": nn.Embedding, "embedding_bag": nn.EmbeddingBag}[kind](7, 5)
+    model = nn.Sequential(layer).to(table)
+    adapt(model)
+    for parameter in lora_fx.parameters(model):
+        parameter.data = parameter.data.to(adapter)
+    assert branched(model) == {"0.weight"}
+    found = run(model, IDS)
+    with folded(model):
+        assert distance(found, run(model, IDS)) <= limit
