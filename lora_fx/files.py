@@ -55,13 +55,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
 def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Give an empty folder to fill, which takes its name when all went well; else nothing of it is left.
 
-    An empty folder of this name is replaced, one that holds anything is an error. The files in it must have
+    An empty folder of this name is replaced, one that holds anything is an error; a link keeps leading to
+    the folder. The files in it must have
     reached the disk before.
 
     Raises:
         OSError: the folder cannot be made, or is there already and not empty.
     """
-    target = Path(path)
+    target = Path(path).resolve()  # no folder can be renamed over a link
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
     temporary.mkdir()

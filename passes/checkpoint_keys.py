@@ -94,7 +94,7 @@ def _refuse_other(
         raise BaseMismatchError(
             str(checkpoint.path),
             expected="the base that the adapter was trained on",
-            got=f"{len(wrong)} of {len(keys)} weights differ ({'; '.join(wrong[:3])})",
+            got=f"{len(wrong)} of {sum(map(len, keys.values()))} weights differ ({'; '.join(wrong[:3])})",
             advice='Pass that base, or base_check="values" (trained in another precision) or "shape".',
         )
 

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from lora_fx import files
-from lora_fx.files import atomic_write
+from lora_fx.files import atomic_folder, atomic_write
 
 
 def test_text_and_bytes(tmp_path):
@@ -52,3 +52,17 @@ def test_permissions_are_those_of_the_old_file_or_of_any_new_one(tmp_path):
 def test_a_missing_folder_is_made(tmp_path):
     atomic_write(tmp_path / "no" / "such" / "a", "x")
     assert (tmp_path / "no" / "such" / "a").read_text() == "x"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_may_be_named_by_a_link(tmp_path, there):
+    place, link = tmp_path / "place", tmp_path / "link"
+    if there:
+        place.mkdir()
+    link.symlink_to(place)
+    with atomic_folder(link) as folder:
+        (folder / "a").write_text("x")
+    assert link.is_symlink()
+    assert (place / "a").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
