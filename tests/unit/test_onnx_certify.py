@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate, Check
 from lora_fx.errors import CertificateError
@@ -393,3 +394,27 @@ def test_an_empty_certificate_proves_nothing() -> None:
     assert "x [y]" in str(failing)
     with pytest.raises(KeyError):
         _ = failing["structure"]
+
+
+class Chaotic(nn.Module):
+    """A matrix, and a map that doubles every rounding so many times."""
+
+    def __init__(self, times: int = 40) -> None:
+        super().__init__()
+        self.matrix, self.times = nn.Linear(4, 4), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.sigmoid(self.matrix(x))
+        for _ in range(self.times):
+            y = 3.9 * y * (1 - y)
+        return y
+
+
+@pytest.mark.parametrize(("times", "noted"), [(40, True), (1, False)])
+def test_a_parity_that_compares_no_digit_says_so(times: int, noted: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Chaotic(times).eval(), torch.randn(2, 4)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    certificate = export_onnx(model, tmp_path / "task.onnx", x)
+    assert certificate.ok
+    assert any("parity compares no digit" in note for note in certificate.notes) is noted
