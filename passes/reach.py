@@ -77,9 +77,11 @@ _SHAPED_LIKE = frozenset(
         "new_ones",
         "new_empty",
         "new_empty_strided",
+        "full_like",
+        "new_full",
     }
 )
-"""Operations that ask their tensor for its shape, dtype and device, and for none of its values."""
+"""Operations that ask their first tensor for its shape, dtype and device, and for none of its values."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,16 @@ def _behind_output(graph: fx.Graph, stopped: frozenset[fx.Node]) -> frozenset[fx
     return frozenset(graph.nodes) if any(n.meta.get("unexplained") for n in found) else found
 
 
+def _valued(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments whose values a call may use, without one that it takes a shape or dtype from."""
+    op, given = str(node.meta.get("op", "")), node.all_input_nodes
+    pattern = 1 if op.endswith("_as") else 0
+    if op not in _SHAPED_LIKE and not op.endswith("_as"):
+        return given
+    asked = node.args[pattern] if pattern < len(node.args) else None
+    return [source for source in given if source is not asked or node.args.count(asked) > 1]
+
+
 def ancestors(node: fx.Node, stopped: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
     """Return a node and all whose values it depends on, not walking back through ``stopped`` nodes.
 
@@ -301,8 +313,7 @@ def ancestors(node: fx.Node, stopped: frozenset[fx.Node] = frozenset()) -> froze
     found: set[fx.Node] = {node}
     waiting = [node]
     while waiting:
-        last = waiting.pop()
-        for source in () if last.meta.get("op") in _SHAPED_LIKE else last.all_input_nodes:
+        for source in _valued(waiting.pop()):
             if source not in found and source not in stopped:
                 found.add(source)
                 waiting.append(source)

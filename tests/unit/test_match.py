@@ -438,7 +438,7 @@ class ShapeOnly(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shape, self.whole, self.part = (nn.Linear(4, 4) for _ in range(3))
+        self.shape, self.whole, self.part, self.fill = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         empty = self.shape(x).new_zeros((x.shape[0], 0))
@@ -446,13 +446,16 @@ class ShapeOnly(nn.Module):
         filled.copy_(self.whole(x))
         sliced = torch.zeros_like(x)
         sliced[:, 1:] = self.part(x)[:, 1:]
-        return torch.cat([empty, filled], 1), sliced
+        full = torch.full_like(self.shape(x), 2.0) + x.new_full((1,), self.fill(x).sum())
+        return torch.cat([empty, filled, full], 1), sliced.expand_as(self.shape(x)).reshape_as(x)
 
 
 def test_a_result_of_which_only_the_shape_is_used_has_no_effect() -> None:
     sites = sites_of(ShapeOnly(), torch.randn(2, 4))
     assert sites["shape.weight"].unfit == "no-effect: its result reaches no output of the run"
     assert (sites["whole.weight"].unfit, sites["part.weight"].unfit) == (None, None)
+    # A fill value goes over Python, where no gradient follows.
+    assert "its result reaches no output" not in str(sites["fill.weight"].unfit)
 
 
 def test_what_the_run_did_not_reach() -> None:
