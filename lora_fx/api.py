@@ -93,6 +93,8 @@ def inject(
         refuse_misfit_of(model, decided, traced)
     else:
         decided, traced = plan_of(source, policy_or_plan, example_inputs)
+    if not (decided.adapted or decided.trained or decided.extras):
+        warn_user("The plan adapts and trains nothing: every parameter is frozen, and a step changes none.")
     insert_pass.insert(model, decided, adapter, seed)
     try:
         _probe(model, adapter, traced)

@@ -47,7 +47,7 @@ def check_rules(
         if index not in used and not extra:
             earlier = sorted({c.index + 1 for s in matched for c in claims[s.name]})
             notes.append(
-                f"rule {index + 1}, {rule.describe()}, decides nothing: all {len(matched)} weights that it "
+                f"rule {index + 1}, {rule.describe()}, decides nothing: all {len(matched)} weight(s) that it "
                 f"matches were taken by rule {', '.join(map(str, earlier)) or 'none'}"
             )
         elif isinstance(rule, Rule):
@@ -55,7 +55,7 @@ def check_rules(
             if all(name in skipped for name in own):
                 first = skipped[own[0]]
                 notes.append(
-                    f"rule {index + 1}, {rule.describe()}, adapts nothing: all {len(own)} weights that it "
+                    f"rule {index + 1}, {rule.describe()}, adapts nothing: all {len(own)} weight(s) that it "
                     f"decides are skipped, {first.name} for one: {first.reason}, {first.detail}"
                 )
         notes += _idle_choices(rule, facts, names)

@@ -130,7 +130,7 @@ def check_name(adapter: str, record: Injected | None) -> None:
             f"adapter {adapter!r}",
             expected="a name that the model does not have yet",
             got=f"adapters {sorted(record.plans)}",
-            advice="Choose another name, or unload this adapter first.",
+            advice="Choose another name, unload this adapter first, or load over it with replace=True.",
         )
     if not adapter or not adapter.replace("-", "_").isidentifier() or "__" in adapter:
         raise AdapterNameError(

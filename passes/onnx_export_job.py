@@ -210,11 +210,19 @@ class ExportJob:
         """Return the base file's map, after checking that it is this model's base.
 
         Raises:
-            BaseMismatchError: a changed weight has other values there.
+            BaseMismatchError: a changed weight has other values there, or the base has none of them.
         """
         mapping = read_map(base)
         if mapping is None:
             return None
+        changed = list(self.subject.changes)
+        if changed and not any(mapping.find(name) for name in changed):
+            raise BaseMismatchError(
+                str(base_path),
+                expected=f"this model's base, with {changed[0]} in it",
+                got="a base file with none of the weights that the adapter changes",
+                advice="Pass the base file of this model, or a new path to have it made.",
+            )
         for name, change in self.subject.changes.items():
             placement = mapping.find(name)
             if placement is None or placement.fingerprint is None:

@@ -541,3 +541,9 @@ def test_a_sharding_of_another_make_is_refused_before_anything_is_changed(
         call(subject)
     watch.check()
     assert lora_fx.parameters(subject)
+
+
+def test_a_plan_that_trains_nothing_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="adapts and trains nothing"):
+        subject = lora_fx.inject(model(), Policy(lora_fx.Skip(name="*")), X)
+    assert not lora_fx.parameters(subject)

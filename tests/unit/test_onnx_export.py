@@ -141,6 +141,14 @@ def test_another_models_base_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["base.onnx"]
 
 
+def test_another_architectures_base_is_refused(tmp_path: Path) -> None:
+    export_onnx(nn.Linear(3, 4), tmp_path / "base.onnx", torch.randn(2, 3))
+    other = made(Tied)
+    with pytest.raises(BaseMismatchError, match="none of the weights that the adapter changes"):
+        export(subject(other, ["up.weight"]), other, IDS, tmp_path / "t.onnx", base=tmp_path / "base.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["base.onnx"]
+
+
 def test_an_adapter_without_effect_fails_and_leaves_the_old_file(tmp_path: Path) -> None:
     model = made(Tied)
     export_onnx(model, tmp_path / "t.onnx", IDS)

@@ -231,7 +231,7 @@ def test_a_weight_of_no_kind_needs_a_run():
 def test_a_rule_whose_weights_are_all_skipped_is_warned_of():
     sites = [site("a.weight", unfit="quantised"), site("b.weight")]
     with pytest.warns(
-        UserWarning, match=r"rule 1, .*adapts nothing: all 1 weights that it decides .* unfit, quantised"
+        UserWarning, match=r"rule 1, .*adapts nothing: all 1 weight\(s\) that it decides .* unfit, quantised"
     ):
         plan(sites, Policy(Rule(name="a.*"), Rule(rank=2)))
 
