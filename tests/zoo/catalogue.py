@@ -125,7 +125,7 @@ def _timm(name: str) -> Built:
     import timm
 
     refusal: Exception | None = None
-    for size in (64, 96, 128, None):
+    for size in (64, 96, 128, 112, None):
         try:
             options = {} if size is None else {"img_size": size}
             try:
