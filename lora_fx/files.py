@@ -56,8 +56,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Give an empty folder to fill, which takes its name when all went well; else nothing of it is left.
 
     An empty folder of this name is replaced, one that holds anything is an error; a link keeps leading to
-    the folder. The files in it must have
-    reached the disk before.
+    the folder. The files in it must have reached the disk before.
 
     Raises:
         OSError: the folder cannot be made, or is there already and not empty.

@@ -22,6 +22,7 @@ from lora_fx.adapter_file import AdapterFile
 from lora_fx.passes import fold_checkpoint as fold_module
 from lora_fx.passes import new_values
 from tests.by_hand import adapt, randomise
+from tests.told_progress import told_progress
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
@@ -515,20 +516,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(
 
 
 def test_progress_is_told_for_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fx import progress
-
-    told: list[tuple[float, int]] = []
-
-    class Bar(progress.Progress):
-        def add_task(self, description: str, **options: Any) -> Any:
-            told.append((options["total"], 0))
-            return super().add_task(description, **options)
-
-        def advance(self, task_id: Any, advance: float = 1) -> None:
-            told.append((0, int(advance)))
-            super().advance(task_id, advance)
-
-    monkeypatch.setattr(progress, "Progress", Bar)
+    told = told_progress(monkeypatch)
     model, base = trained()
     source, adapter = written(model, base, tmp_path)
     lora_fx.fold_checkpoint(source, adapter, tmp_path / "out.safetensors", progress=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from lora_fx import fingerprints
-from lora_fx import progress as progress_module
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.errors import BaseMismatchError, ExportError
 from lora_fx.fingerprints import fingerprint
@@ -28,6 +26,7 @@ from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY, read_changes
 from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights
 from lora_fx.plans import Plan
+from tests.told_progress import told_progress
 from tests.unit.onnx_adapters import adapter, subject_with
 from tests.unit.onnx_models import Mixed, Tied, export, made
 
@@ -197,18 +196,7 @@ def test_a_weight_is_hashed_in_parts_as_it_is_whole(monkeypatch: pytest.MonkeyPa
 def test_progress_is_told_for_every_byte_of_the_changed_weights(
     mixed_base: Path, mixed_adapter: AdapterFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[float, int]] = []
-
-    class Bar(progress_module.Progress):
-        def add_task(self, description: str, **options: Any) -> Any:
-            told.append((options["total"], 0))
-            return super().add_task(description, **options)
-
-        def advance(self, task_id: Any, advance: float = 1) -> None:
-            told.append((0, int(advance)))
-            super().advance(task_id, advance)
-
-    monkeypatch.setattr(progress_module, "Progress", Bar)
+    told = told_progress(monkeypatch)
     out = mixed_base.parent / "told.onnx"
     fold_onnx(mixed_base, mixed_adapter, out, progress=True, certify=False)
     external = sum(count for _, count in told)
