@@ -99,10 +99,23 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = commands.add_parser("compare-latency", help="time FOLDED against BASE, in pairs")
     _pair(latency)
-    latency.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
-    latency.add_argument("--seconds", type=float, default=10.0, metavar="S", help="(default: 10)")
+    latency.add_argument("--threads", type=_positive(int), default=1, metavar="N", help="(default: 1)")
+    latency.add_argument("--seconds", type=_positive(float), default=10.0, metavar="S", help="(default: 10)")
     _command(latency, _compare_latency)
     return parser
+
+
+def _positive(number: type[int | float]) -> Callable[[str], float]:
+    """Return what reads a number above zero, and refuses others in argparse's words."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+
+    read.__name__ = number.__name__  # argparse names it where the text is no number
+    return read
 
 
 def _pair(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lora_fx.errors import AdapterFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +70,19 @@ def differs(weight: Tensor, stored: Fingerprint, check: BaseCheck) -> str | None
 
     ``exact``: shape, dtype and every bit; ``values``: the weight, cast to the stored dtype, has the
     stored bits (trained on a half-precision copy, folded into the original); ``shape``: shape alone.
+
+    Raises:
+        AdapterFileError: another word than these.
     """
     import torch
 
+    if check not in get_args(BaseCheck):
+        raise AdapterFileError(
+            "base_check",
+            expected="one of " + ", ".join(repr(word) for word in get_args(BaseCheck)),
+            got=repr(check),
+            advice="Name one of them.",
+        )
     if tuple(weight.shape) != stored.shape:
         return f"shape {tuple(weight.shape)}, not {stored.shape}"
     if check == "shape" or not stored.sha256:

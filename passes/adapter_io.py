@@ -13,6 +13,7 @@ from lora_fx.passes.extent import deltas
 from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
 from lora_fx.passes.norms import refuse_converted
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters, plain
+from lora_fx.passes.replaced import made_one
 from lora_fx.passes.runtime import Binding, Injected, binding, raw
 from lora_fx.passes.sharded import Gathered, fill, reshard, whole
 from lora_fx.passes.switch import apply_trainability, record_of, require
@@ -24,6 +25,7 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
 
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
+        PlanError: a module that the plan adapted was replaced after inject.
         WrappedModelError: a frozen normalisation was replaced by a synchronised one.
     """
     record, name = require(model, adapter)
@@ -31,6 +33,13 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
     reshard(model)
     plan = record.plans[name]
     holders = owners(model)
+    for kept, other in made_one(plan, holders):
+        raise PlanError(
+            f"{kept} and {other}",
+            expected="two weights, each with its adapter, as the plan has them",
+            got="one module in both places: it was put there after inject",
+            advice="Put each module back, or call lora_fx.unload and inject again.",
+        )
     tensors = {key: whole(tensor.detach()) for key, tensor in _tensors(model, plan, name, holders)}
     changed = [d.name for d in (*plan.adapted, *plan.trained)] + [e.name for e in plan.extras]
     prints = {weight: _fingerprint(record, weight, *_held(holders[weight])) for weight in changed}

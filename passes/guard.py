@@ -34,6 +34,21 @@ class _ReadOnlyStorage(torch.UntypedStorage):
     fill_ = copy_ = resize_ = __setitem__ = _refuse
 
 
+class _ReadOnlyTypedStorage(torch.TypedStorage):
+    """The same memory, as ``Tensor.storage()`` gives it."""
+
+    def _refuse(self, *values: Any, **named: Any) -> Any:
+        del values, named
+        raise _refusal("storage", (), {})
+
+    fill_ = copy_ = resize_ = __setitem__ = _refuse
+
+    def _new_wrapped_storage(self, memory: torch.UntypedStorage) -> Any:
+        """Give copies their own class back: they are nobody's weight."""
+        plain: Any = torch.TypedStorage
+        return plain(wrap_storage=memory, dtype=self.dtype, _internal=True)
+
+
 _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
 """Context in which subclasses compute as plain tensors; torch has no public spelling."""
 
@@ -64,6 +79,8 @@ class EffectiveWeight(Tensor):
             result.flags.writeable = False
         if name == "untyped_storage" and type(result) is torch.UntypedStorage:
             result.__class__ = _ReadOnlyStorage
+        if name == "storage" and type(result) is torch.TypedStorage:
+            result.__class__ = _ReadOnlyTypedStorage
         return _guard_views(result, args)
 
     def set_(self, *source: Any, **named: Any) -> Tensor:

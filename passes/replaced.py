@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.notices import warn_user
-from lora_fx.passes.insert import Owner, owners
+from lora_fx.passes.insert import Owner, Owners, owners
 from lora_fx.passes.runtime import binding
 from lora_fx.passes.switch import require
+from lora_fx.plans import Plan
 
 
 def replaced(model: nn.Module, adapter: str | None = None) -> str | None:
@@ -23,6 +24,12 @@ def replaced(model: nn.Module, adapter: str | None = None) -> str | None:
         for d in (*plan.adapted, *plan.trained)
         if not any(_adapts(owner, name) for owner in held.get(d.name, ()))
     ]
+    one = next(iter(made_one(plan, held)), None)
+    if one is not None:
+        return (
+            f"adapter {name!r} has one change left for both {one[0]} and {one[1]}: after inject one module "
+            "was put in the other's place. Put each module back, or call lora_fx.unload and inject again"
+        )
     if not lost:
         return None
     listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -30,6 +37,18 @@ def replaced(model: nn.Module, adapter: str | None = None) -> str | None:
         f"adapter {name!r} is gone from {listed}: the module there was put in place after inject. Put the "
         "adapted module back, or call lora_fx.unload and inject again"
     )
+
+
+def made_one(plan: Plan, held: Owners) -> list[tuple[str, str]]:
+    """Return the pairs of weights that have an adapter each in the plan and are one weight now."""
+    first: dict[tuple[int, str], str] = {}
+    pairs: list[tuple[str, str]] = []
+    for decision in (*plan.adapted, *plan.trained):
+        for owner in held.get(decision.name, ())[:1]:
+            known = first.setdefault((id(owner.module), owner.attribute), decision.name)
+            if known != decision.name:
+                pairs.append((known, decision.name))
+    return pairs
 
 
 def warn_replaced(model: nn.Module, adapter: str | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -180,9 +182,26 @@ def test_fold_of_a_checkpoint(files, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fold"], ["no-such-command"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fold"],
+        ["no-such-command"],
+        ["compare-latency", "a.onnx", "b.onnx", "--threads", "0"],
+        ["compare-latency", "a.onnx", "b.onnx", "--threads", "two"],
+        ["compare-latency", "a.onnx", "b.onnx", "--seconds", "nan"],
+    ],
+)
 def test_bad_arguments_are_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_fx", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"lora_fx {lora_fx.__version__}"

@@ -149,6 +149,9 @@ def test_another_base(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.BaseMismatchError, match="other values"):
         lora_fx.load_adapter(other, path)
     watch.check()
+    with pytest.raises(lora_fx.AdapterFileError, match="'exact', 'values', 'shape'; got 'shapes'"):
+        lora_fx.load_adapter(other, path, base_check="shapes")
+    watch.check()
     lora_fx.load_adapter(other, path, base_check="shape")
 
 

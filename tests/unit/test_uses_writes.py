@@ -158,6 +158,20 @@ def test_a_module_put_in_place_of_an_adapted_one_is_named(tmp_path: Path) -> Non
         lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
 
 
+def test_a_module_put_in_place_of_its_like_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    lora_fx.inject(model, EVERYTHING, x, seed=0)
+    model[2] = model[0]
+    told = "adapter 'default' has one change left for both 0.weight and 2.weight"
+    assert any(note.startswith(told) for note in lora_fx.verify(model, x).notes)
+    with pytest.warns(UserWarning, match="one change left"), lora_fx.folded(model):
+        pass
+    with pytest.raises(lora_fx.PlanError, match="one module in both places"):
+        lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_adapter_that_went_with_its_module_is_told(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(3, 4)
@@ -189,6 +203,21 @@ def test_a_write_to_the_memory_of_the_effective_weight_raises() -> None:
     assert distance(run(model, IDS), before) == 0
     model.body._parameters["weight"].untyped_storage().fill_(0)  # W0's own memory may be written
     assert distance(run(model, IDS), before) > 0
+
+
+def test_a_write_to_its_typed_storage_raises() -> None:
+    model = injected()
+    before = run(model, IDS)
+    for write in (
+        lambda storage: storage.fill_(0),
+        lambda storage: storage.copy_(storage.clone()),
+        lambda storage: storage.resize_(0),
+        lambda storage: storage.__setitem__(0, 0),
+    ):
+        with pytest.raises(lora_fx.WeightWriteError, match="storage"), torch.no_grad():
+            write(model.body.weight.storage())
+    assert model.body.weight.storage()[0] == model.body.weight.flatten()[0]
+    assert distance(run(model, IDS), before) == 0
 
 
 @pytest.mark.parametrize("first", [True, False])
