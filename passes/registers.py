@@ -6,24 +6,26 @@ of all below. Adapters keep the names without, so that what is saved there loads
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the module's live register of parameters: writing to it registers; of a scripted one, a copy."""
-    if isinstance(module, torch.jit.ScriptModule):
+    register = module.__dict__["_parameters"]
+    # The question about scripted modules costs more than all the rest, and this is asked in every forward.
+    if type(register) is not dict and isinstance(module, torch.jit.ScriptModule):
         return dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    return cast("dict[str, nn.Parameter | None]", module.__dict__["_parameters"])
+    return register  # type: ignore[no-any-return]
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's live register of buffers: writing to it registers; of a scripted one, a copy."""
-    if isinstance(module, torch.jit.ScriptModule):
+    register = module.__dict__["_buffers"]
+    # The question about scripted modules costs more than all the rest, and this is asked in every forward.
+    if type(register) is not dict and isinstance(module, torch.jit.ScriptModule):
         return dict(module.named_buffers(recurse=False, remove_duplicate=False))
-    return cast("dict[str, Tensor | None]", module.__dict__["_buffers"])
+    return register  # type: ignore[no-any-return]
 
 
 WRAPPED = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})

@@ -109,9 +109,11 @@ class Binding:
 
     def active(self, name: str) -> SiteSpec | None:
         """Return the active adapter's spec for one of the module's weights, if there is one."""
-        if not self.state.enabled or self.state.active is None:
+        state = self.state
+        if not state.enabled or state.active is None:
             return None
-        return self.sites.get(name, {}).get(self.state.active)
+        specs = self.sites.get(name)
+        return None if specs is None else specs.get(state.active)
 
 
 @dataclass
@@ -229,10 +231,10 @@ def live_parts(module: nn.Module, name: str) -> LiveParts:
     """Return what the branch at this weight computes with now; empty where nothing is active."""
     held = binding(module)
     spec = None if held is None else held.active(name)
-    if spec is None or not spec.low_rank:
+    if held is None or spec is None or not spec.low_rank:
         return ()
-    training = module.training and held is not None and held.state.dropout
-    return _parts(module, spec, spec.dropout if training else 0.0)
+    dropout = spec.dropout and (spec.dropout if module.training and held.state.dropout else 0.0)
+    return _parts(module, spec, dropout)
 
 
 def _parts(
@@ -240,10 +242,13 @@ def _parts(
 ) -> LiveParts:
     live: list[LivePart] = []
     for part in spec.parts:
-        named = (part.a, part.b, part.start_a, part.start_b)
-        a, b, *start = (raw(module, name) for name in named if name is not None)
+        a, b = raw(module, part.a), raw(module, part.b)
         if read is not None:
-            a, b, *start = map(read, (a, b, *start))
+            a, b = read(a), read(b)
         whole_part = LivePart(a, b, spec.scale, part.rows, dropout)
-        live += since_start(whole_part, (start[0], start[1]) if start else None)
+        if part.start_a is None or part.start_b is None:
+            live.append(whole_part)
+            continue
+        start = raw(module, part.start_a), raw(module, part.start_b)
+        live += since_start(whole_part, start if read is None else (read(start[0]), read(start[1])))
     return tuple(live)

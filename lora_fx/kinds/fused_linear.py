@@ -157,14 +157,19 @@ def _forward(
     if call.wide:
         h = wide.thin(flat, a)
         wide.add_parts(rows, h, call.slots, call.scale, bs)
-        return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])), h
+        return _shaped(y, shape), h
     h = F.linear(flat, a if a.dtype is dtype else a.to(dtype))
     if call.slots is None:
         b = bs[0]
         rows.addmm_(h, (b if b.dtype is dtype else b.to(dtype)).t(), alpha=call.scale)
     else:
         add_parts(rows, h, call.slots, call.scale, [b.to(dtype) for b in bs])
-    return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])), h
+    return _shaped(y, shape), h
+
+
+def _shaped(y: Tensor, like: torch.Size) -> Tensor:
+    """Give y the leading dimensions of x; not as a view, which autograd lets nobody write to in place."""
+    return y if y.dim() == len(like) else torch.ops.aten._unsafe_view(y, (*like[:-1], y.shape[-1]))
 
 
 def _flattened(x: Tensor, bias: Tensor | None) -> bool:
@@ -189,7 +194,6 @@ class FusedLinear(Function):
         keep = call.source is None and (needs[1] or True in needs[4:])
         ctx.call, ctx.dtype = call, x.dtype
         ctx.save_for_backward(x if keep else None, h if True in needs[5:] else None, weight, a, *bs)
-        # Of a view made in here, autograd refuses writes in place: hand out a tensor that is none.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod

@@ -74,7 +74,7 @@ def outer(g: Tensor, h: Tensor, scale: float, b: Tensor) -> Tensor:
     """Return ``scale * g^T h``; where large, as the transpose of ``h^T g``, up to three times faster."""
     if g.numel() < (_LARGE if h.shape[1] >= 8 else _LARGE_THIN):
         return scaled(g.t(), h, scale, b)
-    return scaled(h.t(), g, scale, b.t()).t()
+    return (h.t() @ g if scale == 1.0 else scaled(h.t(), g, scale, b.t())).t()
 
 
 def scaled(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
