@@ -12,6 +12,7 @@ exactly what the recipes say, and change nothing else.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -57,6 +58,7 @@ class _Base:
         self.parameters = parameters
         self.used: dict[str, str] = {}
         self.kept: dict[str, Tensor] = {}
+        self.refuted: frozenset[str] = frozenset()
         for name, (value, names) in parameters.items():
             if not value.is_floating_point():
                 continue  # a counter, or a table of indices: what is in the graph of it never changes
@@ -86,12 +88,19 @@ class _Base:
         model = self.program.optimised()
         found = find_placements(model, self.parameters)
         unclear = [name for name in self.used if not found.known(name)]
-        return self.with_traces(unclear, model, found) if unclear else (model, found)
+        if unclear:
+            model, found = self.with_traces(unclear, model, found)
+        obscure = {name: _obscured(found.placements[name]) for name in self.refuted}
+        return model, replace(found, placements={**found.placements, **obscure})
 
     def with_traces(self, unclear: Sequence[str], model: ir.Model, found: Found) -> tuple[ir.Model, Found]:
         """Return a graph in which parameters are to be found that left no clear trace for their values."""
         values = {name: _arbitrary(self.value(name), seed) for seed, name in enumerate(unclear)}
         graph, traced, kept = self._traceable(values, model)
+        self.refuted = self._refuted(graph, traced, kept)
+        if self.refuted:
+            values = {name: value for name, value in values.items() if name not in self.refuted}
+            graph, traced, kept = self._traceable(values, model)
         if not kept or not all(traced.known(name) for name in kept):
             return model, found
         restored = {name: self._put_back(graph, traced.placements[name], name) for name in kept}
@@ -125,6 +134,26 @@ class _Base:
             if all(made[1].known(name) for name in tried):
                 (graph, traced), kept = made, tried
         return graph, traced, kept
+
+    def _refuted(self, graph: ir.Model, traced: Found, kept: Values) -> frozenset[str]:
+        """Return those of the parameters whose recipe gives one value alone: others are computed otherwise.
+
+        A factor for each element makes any value from any other (an exponential from its exponent), and
+        rows that are found leave others that may come from the same parameter (a gather's).
+        """
+        doubtful = {
+            name: _arbitrary(value, len(self.used) + seed)
+            for seed, (name, value) in enumerate(kept.items())
+            if any(r.scale is not None or r.runs is not None for r in traced.placements[name].recipes)
+        }
+        if not doubtful:
+            return frozenset()
+        wrong = self._unexplained(graph, traced.placements, {**kept, **doubtful}, explained=doubtful)
+        return frozenset(
+            name
+            for name in doubtful
+            if wrong is None or any(r.initializer in wrong for r in traced.placements[name].recipes)
+        )
 
     def _used_alike(self, names: Sequence[str]) -> list[list[str]]:
         """Part parameters by the operators that use them, and as which operand."""
@@ -223,6 +252,10 @@ class _Base:
         moved = {name: self.kept.get(name, self.value(name)) * -2 for name in matrices}
         wrong = self._unexplained(model, placements, moved, explained={**self.kept, **moved})
         if wrong is None:
+            # Constants that equal each other for their true values alone make it another graph.
+            thin = {n: _obscured(placements[n]) for n in matrices if self._fits_anything(placements[n])}
+            if thin:
+                return thin | self.tested(model, placements | thin)
             wrong = tuple(model.graph.initializers)
         doubtful: Placements = {}
         for place in wrong:
@@ -233,10 +266,17 @@ class _Base:
                 doubtful[owner] = replace(before, opaque=(*before.opaque, place))
         return doubtful
 
+    def _fits_anything(self, placement: Placement) -> bool:
+        """Whether a recipe has a factor for each element, or says nothing of some rows."""
+        return any(
+            r.runs is not None or (r.scale is not None and len(r.scale.factors) == math.prod(r.shape))
+            for r in placement.recipes
+        )
+
     def _unexplained(
         self,
         model: ir.Model,
-        placements: Placements,
+        placements: Mapping[str, Placement],
         values: Mapping[str, Tensor],
         *,
         explained: Mapping[str, Tensor],
@@ -266,6 +306,12 @@ def _holds_only(graph: ir.Model, model: ir.Model, but: set[str]) -> bool:
     """Whether a graph's float initializers, except some, hold what the other's do."""
     known = {_content(value) for value in all_initializers(model.graph)}
     return all(value.name in but or _content(value) in known for value in all_initializers(graph.graph))
+
+
+def _obscured(placement: Placement) -> Placement:
+    """Return a placement in which nothing is known of the initializers that there were recipes for."""
+    claimed = (recipe.initializer for recipe in placement.recipes)
+    return replace(placement, recipes=(), opaque=tuple(dict.fromkeys((*placement.opaque, *claimed))))
 
 
 def _content(value: ir.Value) -> str:

@@ -173,6 +173,38 @@ def test_a_new_optimisation_keeps_what_special_values_would_change(tmp_path: Pat
     assert labels(base)["hidden.plain.weight"] == "opaque"
 
 
+class _Temperatures(nn.Module):
+    """Layers whose temperatures are computed from equal parameters, and biases gathered from zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.scales = nn.ParameterList(nn.Parameter(torch.full((2, 1, 1), 2.3)) for _ in range(3))
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(2, 5)) for _ in range(3))
+        places = (torch.arange(5)[:, None] - torch.arange(5)[None]).abs()
+        self.register_buffer("places", places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, scale, offset in zip(self.layers, self.scales, self.offsets, strict=True):
+            heads = layer(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            scores = F.normalize(heads, dim=-1) @ F.normalize(heads, dim=-1).mT
+            scores = scores * scale.clamp(max=4.6).exp() + offset[:, self.places]
+            x = (scores.softmax(-1) @ heads).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_what_is_computed_from_a_parameter_is_no_factor_of_it(tmp_path: Path) -> None:
+    """A factor for each element, or the rows that agree, fit one value: the base is made of the true ones."""
+    model = made(_Temperatures).eval()
+    base, _, certificate = export_pair(model, ("layers.0.weight", "layers.2.weight"), X, tmp_path)
+    assert certificate.ok
+    session = onnxruntime.InferenceSession(base, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-5, atol=1e-6)
+    assert labels(base)["scales.0"] == "opaque"
+    assert all(labels(base)[f"layers.{i}.weight"] == "transpose" for i in range(3))
+
+
 def test_an_unused_weight_is_said_to_be_so(tmp_path: Path) -> None:
     _, _, certificate = export_pair(made(Hidden), ("idle.weight", "other.weight"), X, tmp_path)
     assert certificate.ok
