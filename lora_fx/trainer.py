@@ -78,7 +78,7 @@ class AdapterCheckpoints:
         return model
 
     def _is_sharded(self) -> bool:
-        from lora_fx.passes.sharded import is_sharded
+        from lora_fx.kinds.spread import is_sharded
 
         return any(is_sharded(p) for p in self._injected().parameters())
 

@@ -8,32 +8,39 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.errors import WeightWriteError, WrappedModelError
+from lora_fx.errors import WeightWriteError
+from lora_fx.kinds.spread import is_sharded
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import binding
 from lora_fx.passes.sharded import is_read_by
+from lora_fx.passes.spreading import refuse_unspreadable, spread_adapters
 
 
 def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
     """Register a Parameter; ``W0`` may be replaced by one of its shape, past the property of its name.
 
+    A DTensor, as tensor parallelism registers, is as trainable as what it replaces.
+
     Raises:
         WeightWriteError: the new weight has another shape than its adapters.
-        WrappedModelError: tensor parallelism splits the module, and would not split its adapters.
+        WrappedModelError: tensor parallelism splits what adapters do not follow.
     """
-    held = binding(self)
-    caller = inspect.currentframe()
-    if held is not None and held.sites and is_read_by(caller and caller.f_back, "torch.distributed.tensor."):
-        raise WrappedModelError(
-            f"{name} of {held.base_class.__name__}",
-            expected="a module without adapters",
-            got="tensor parallelism after inject",
-            advice="Skip the modules of the tensor-parallel plan, or use fully_shard.",
-        )
+    held, old = binding(self), own_parameters(self).get(name)
+    spread = held is not None and param is not None and is_sharded(param)
+    if held is not None and param is not None and spread:
+        refuse_unspreadable(self, held, name, param)
+        if old is not None:
+            param.requires_grad_(old.requires_grad)
+    _register(self, name, param)
+    if held is not None and spread:
+        spread_adapters(self, held)
+
+
+def _register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    held, old = binding(module), own_parameters(module).get(name)
     if held is None or name not in held.sites:
-        nn.Module.register_parameter(self, name, param)
+        nn.Module.register_parameter(module, name, param)
         return
-    old = own_parameters(self).get(name)
     if old is not None and (param is None or param.shape != old.shape):
         raise WeightWriteError(
             f"{name!r} of {held.base_class.__name__}",
@@ -41,7 +48,7 @@ def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -
             got="None" if param is None else f"one of shape {tuple(param.shape)}",
             advice="Call lora_fx.unload first, and inject again after the change.",
         )
-    own_parameters(self)[name] = param
+    own_parameters(module)[name] = param
 
 
 def delattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:

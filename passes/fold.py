@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 
 from lora_fx.errors import WrappedModelError
 from lora_fx.fingerprints import dtype_name
+from lora_fx.kinds.spread import is_sharded
 from lora_fx.passes.changes import Change, changes, refuse_rounded_away, sums_and_changes
 from lora_fx.passes.managed import refuse_unknown_sharding
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.remove import unload
 from lora_fx.passes.runtime import BINDING, INJECTED, Binding, Injected, binding, injected
-from lora_fx.passes.sharded import is_sharded, local, reshard
+from lora_fx.passes.sharded import local, reshard
 from lora_fx.passes.subclass import attach, detach
 from lora_fx.passes.switch import require
 

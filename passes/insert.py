@@ -232,7 +232,10 @@ def _add(
         for key, parameter in tensors.items():
             owner.module.register_parameter(names[key], parameter)
         spec = _spec(decision, names)
-        bind(owner.module, record.state).sites.setdefault(owner.attribute, {})[adapter] = spec
+        bound = bind(owner.module, record.state)
+        bound.sites.setdefault(owner.attribute, {})[adapter] = spec
+        if len(held) > 1:
+            bound.shared.add(owner.attribute)
 
 
 def own_name(key: str, attribute: str, adapter: str) -> str:

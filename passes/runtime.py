@@ -95,7 +95,8 @@ class Binding:
     """What an adapted module keeps: its own class, its weights' adapters, what was replaced.
 
     ``root`` says that it is the injected model itself. ``assigned`` notes Parameters that are being
-    replaced by a state dict's, with the identity of the old ones.
+    replaced by a state dict's, with the identity of the old ones. ``shared`` are the adapted weights that
+    other modules held too at ``inject``.
     """
 
     state: AdapterState
@@ -106,6 +107,7 @@ class Binding:
     rebound: dict[str, Any] = field(default_factory=dict[str, Any])
     root: bool = False
     assigned: dict[str, int] = field(default_factory=dict[str, int])
+    shared: set[str] = field(default_factory=set[str])
 
     def active(self, name: str) -> SiteSpec | None:
         """Return the active adapter's spec for one of the module's weights, if there is one."""

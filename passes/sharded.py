@@ -10,30 +10,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import WrappedModelError
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-
-def as_dtensor(tensor: Tensor) -> DTensor | None:
-    """Return the tensor where it is a DTensor, as FSDP2's are between forwards; else None."""
-    if not torch.distributed.is_available():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if isinstance(tensor, DTensor) else None
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor."""
-    # By its name first: most models are not distributed, and then nothing is imported for them.
-    return type(tensor).__name__ == "DTensor" and as_dtensor(tensor) is not None
+from lora_fx.kinds.spread import as_dtensor, is_sharded
 
 
 def whole(tensor: Tensor) -> Tensor:

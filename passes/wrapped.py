@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lora_fx.errors import PlanError, WrappedModelError
+from lora_fx.kinds.spread import is_sharded
 from lora_fx.passes.registers import WRAPPED
 from lora_fx.passes.runtime import binding, injected
-from lora_fx.passes.sharded import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 _FIRST = "Inject first, then wrap: gradients of adapters that are added later are not synchronised."

@@ -76,7 +76,8 @@ class LivePart(NamedTuple):
     """What a branch computes with: ``y[..., rows] += scale * (dropout(x) A^T) B^T``.
 
     ``a`` is (r, in) or (E, r, in), ``b`` (rows, r) or (E, rows, r); ``dropout`` is the probability
-    in force now (0.0 outside training).
+    in force now (0.0 outside training), ``stream`` tells apart the masks of inputs that are one process's
+    columns of a whole.
     """
 
     a: Tensor
@@ -84,6 +85,7 @@ class LivePart(NamedTuple):
     scale: float
     rows: Rows | None = None
     dropout: float = 0.0
+    stream: int = 0
 
 
 def transposed(part: LivePart) -> LivePart:
@@ -203,5 +205,7 @@ def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int, scale
 
 
 def rows_index(rows: Rows, device: torch.device) -> Tensor:
-    """Return the row numbers that ``rows`` names, as an index tensor."""
+    """Return the row numbers that ``rows`` names, as an index tensor; of a band between them, none."""
+    if not rows:
+        return torch.empty(0, dtype=torch.long, device=device)
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])

@@ -79,7 +79,7 @@ def effective_band(
     """
     stop, shape = start + len(base), (len(base), *form.shape[1:])
     if form == rows_form(form.shape):
-        cut = tuple(_rows_between(part, start, stop) for part in parts)
+        cut = tuple(rows_between(part, start, stop) for part in parts)
         held = None if magnitude is None else magnitude[start:stop]
         return effective_weight(base, rows_form(shape), cut, held)
     if len(shape) == 2 and form == columns_form(form.shape) and magnitude is None:
@@ -92,7 +92,8 @@ def effective_band(
     return None
 
 
-def _rows_between(part: LivePart, start: int, stop: int) -> LivePart:
+def rows_between(part: LivePart, start: int, stop: int) -> LivePart:
+    """Return what a part adds to the rows from ``start`` to ``stop``, numbered from ``start``."""
     if part.rows is None:
         chosen, rows = slice(start, stop), None
     else:

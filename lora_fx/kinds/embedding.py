@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
+from lora_fx.kinds.spread import embedding_on_shards, on_shards
 from lora_fx.matrix import MatrixForm, columns_form
 
 MAX_NORM = "max_norm rewrites the weight in the forward"
@@ -32,6 +34,15 @@ def adapted_embedding(
     occurs, ``W`` itself is looked up.
     """
     how = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if lora and on_shards(weight, lora):
+        branch = partial(
+            adapted_embedding,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+        )
+        return embedding_on_shards(branch, input, weight, padding_idx, lora)
     if lora and scale_grad_by_freq:
         form = columns_form(tuple(weight.shape))
         return F.embedding(input, effective_weight(weight, form, lora), *how)

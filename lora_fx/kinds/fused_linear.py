@@ -73,7 +73,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
         scale, slots, a, bs = stacked(lora, weight.shape[0])
     source = mask = None
     if first.dropout:
-        mask = draw(first.dropout)
+        mask = draw(first.dropout, first.stream)
         scale = scale * mask.factor
     graph = torch.is_grad_enabled() and (
         a.requires_grad

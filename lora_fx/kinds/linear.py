@@ -19,6 +19,7 @@ from lora_fx.kinds.base import (
     shape_of,
 )
 from lora_fx.kinds.fused_linear import fusable, fused_linear, merged_linear
+from lora_fx.kinds.spread import linear_on_shards, on_shards
 from lora_fx.matrix import MatrixForm, rows_form
 
 
@@ -33,6 +34,8 @@ def adapted_linear(
     if not lora:
         return F.linear(input, weight, bias)
     if not fusable(input, weight, bias, lora):
+        if on_shards(weight, lora):
+            return linear_on_shards(adapted_linear, composed_linear, input, weight, bias, lora)
         return composed_linear(input, weight, bias, lora)
     merged = merged_linear(input, weight, bias, lora)
     return fused_linear(input, weight, bias, lora) if merged is None else merged

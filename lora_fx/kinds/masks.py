@@ -36,7 +36,10 @@ class Mask(NamedTuple):
         return torch.ge(bits.view(shape), self.dropped - _LANES // 2, out=keep)
 
 
-def draw(p: float) -> Mask:
-    """Return a mask that drops with probability ``p``; torch's random state moves by one draw."""
-    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+def draw(p: float, stream: int = 0) -> Mask:
+    """Return a mask that drops with probability ``p``; torch's random state moves by one draw.
+
+    From the same random state, another ``stream`` gives another mask.
+    """
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) ^ stream
     return Mask(seed, min(round(p * _LANES), _LANES - 1))

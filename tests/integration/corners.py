@@ -23,7 +23,8 @@ import lora_fx
 from lora_fx import Policy, Rule
 from lora_fx.checkpoints import adapter_state, reset_adapter
 from lora_fx.errors import WrappedModelError
-from lora_fx.passes.sharded import is_sharded, whole
+from lora_fx.kinds.spread import is_sharded
+from lora_fx.passes.sharded import whole
 from tests.integration.small import (
     Convs,
     Net,
