@@ -21,7 +21,7 @@ from lora_fx.passes.onnx_refusals import refuse_onto
 from lora_fx.passes.onnx_subject import Inputs, Subject, subject_of
 from lora_fx.passes.replaced import warn_replaced
 from lora_fx.passes.runtime import injected
-from lora_fx.passes.sharded import refuse_fully_sharded
+from lora_fx.passes.sharded import refuse_sharded
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -59,7 +59,7 @@ def export_onnx(  # noqa: PLR0913 - each is a choice of its own
         ProviderError: certify was asked for and onnxruntime is not installed.
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
-    refuse_fully_sharded(model, "export_onnx", "Save the adapter here; load and export it unsharded.")
+    refuse_sharded(model, "export_onnx", "Save the adapter here; load and export it unsharded.")
     if injected(model) is not None:
         warn_replaced(model)
     options = ExportOptions(dynamic_shapes, opset, _dtype(precision), certify)

@@ -28,6 +28,14 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def is_replicated(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor that every process has all of."""
+    if not is_sharded(tensor):
+        return False
+    spread: Any = tensor
+    return all(placement.is_replicate() for placement in spread.placements)
+
+
 def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return a whole tensor, equal on all processes, in the layout of another, differentiably."""
     if not is_sharded(model):
@@ -118,14 +126,17 @@ def _is_fsdp(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
-def refuse_fully_sharded(model: nn.Module, what: str, advice: str) -> None:
-    """Refuse what cannot be done once ``fully_shard`` manages the parameters.
+def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
+    """Refuse what cannot be done once ``fully_shard`` or tensor parallelism holds the parameters.
 
     Raises:
-        WrappedModelError: a module of the model was given to ``fully_shard``.
+        WrappedModelError: a module of the model was given to ``fully_shard``, or a parameter is a DTensor.
     """
-    if sharding_modules(model):
-        raise WrappedModelError(what, expected="a model that is not sharded", got="FSDPModule", advice=advice)
+    found = "FSDPModule" if sharding_modules(model) else None
+    if found is None and any(is_sharded(parameter) for parameter in model.parameters()):
+        found = "parameters that are DTensors"
+    if found is not None:
+        raise WrappedModelError(what, expected="a model that is not sharded", got=found, advice=advice)
 
 
 @contextmanager

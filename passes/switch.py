@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_fx.errors import AdapterNameError
-from lora_fx.passes.registers import plain
+from lora_fx.passes.registers import own_parameters, plain
 from lora_fx.passes.runtime import Injected, SiteSpec, binding, injected, raw
-from lora_fx.passes.sharded import reshard
+from lora_fx.passes.sharded import is_replicated, reshard
 from lora_fx.passes.synchronised import watch_wrappers
 
 
@@ -74,6 +74,7 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
 def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return what an adapter trains, each Parameter once: (all but B, the B matrices)."""
     reshard(model)  # an optimiser given FSDP2's gathered copies would train what is thrown away
+    _freeze_replicated(model)
     slow: dict[int, nn.Parameter] = {}
     fast: dict[int, nn.Parameter] = {}
     for _, module, _, spec in adapter_sites(model, adapter):
@@ -83,6 +84,16 @@ def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Paramete
             if isinstance(parameter, nn.Parameter):
                 (fast if name in second else slow)[id(parameter)] = parameter
     return list(slow.values()), list(fast.values())
+
+
+def _freeze_replicated(model: nn.Module) -> None:
+    """Freeze again the base's normalisations that SequenceParallel registered anew, trainable."""
+    for module in model.modules():
+        if binding(module) is not None:
+            continue  # registering keeps the flags there
+        for parameter in own_parameters(module).values():
+            if parameter is not None and is_replicated(parameter):
+                parameter.requires_grad_(False)
 
 
 def apply_trainability(model: nn.Module, record: Injected) -> None:

@@ -31,7 +31,7 @@ from lora_fx.passes.registers import plain
 from lora_fx.passes.replaced import replaced
 from lora_fx.passes.rounding import weights_rounded
 from lora_fx.passes.runtime import effective, raw
-from lora_fx.passes.sharded import refuse_fully_sharded
+from lora_fx.passes.sharded import refuse_sharded
 from lora_fx.passes.slopes import outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, require, trained_names
 from lora_fx.passes.trace import trace
@@ -63,7 +63,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
         WrappedModelError: the model is sharded by ``fully_shard``.
     """
     _, name = require(model, adapter)
-    refuse_fully_sharded(model, "verify", "Verify before fully_shard, or on the unsharded model.")
+    refuse_sharded(model, "verify", "Verify before fully_shard or parallelize_module, or on the unsharded model.")
     comparisons: list[Comparison] = []
     gone = replaced(model, name)
     notes: list[str] = [] if gone is None else [gone]

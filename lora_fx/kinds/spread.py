@@ -115,8 +115,8 @@ def linear_on_shards(
     own_bias = None
     if bias is not None:
         own_bias = _local(bias, Shard(0) if split.rows else whole, bias_grad)
-        if split.columns and split.place:
-            own_bias = own_bias * 0  # the sum over processes has it once
+        if split.columns:
+            own_bias = own_bias / split.mesh.size()  # as torch does, bit for bit
     # A part with no rows here still takes part in the sum of its gradients.
     compute = branch if all(part.b.shape[0] for part in parts) else composed
     y = compute(_local(x, given, x_grad), _local(weight, _layout(weight), w_grad), own_bias, lora=parts)
