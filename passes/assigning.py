@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -19,21 +20,27 @@ from lora_fx.passes.spreading import refuse_unspreadable, spread_adapters
 def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
     """Register a Parameter; ``W0`` may be replaced by one of its shape, past the property of its name.
 
-    A DTensor, as tensor parallelism registers, is as trainable as what it replaces.
+    A DTensor that tensor parallelism registers is as trainable as what it replaces; what FSDP2 sets, by
+    attribute, it manages itself.
 
     Raises:
         WeightWriteError: the new weight has another shape than its adapters.
         WrappedModelError: tensor parallelism splits what adapters do not follow.
     """
-    held, old = binding(self), own_parameters(self).get(name)
-    spread = held is not None and param is not None and is_sharded(param)
-    if held is not None and param is not None and spread:
-        refuse_unspreadable(self, held, name, param)
-        if old is not None:
-            param.requires_grad_(old.requires_grad)
+    held, old, frame = binding(self), own_parameters(self).get(name), inspect.currentframe()
+    if held is None or param is None or not is_sharded(param) or _is_set(frame and frame.f_back):
+        _register(self, name, param)
+        return
+    refuse_unspreadable(self, held, name, param)
+    if old is not None:
+        param.requires_grad_(old.requires_grad)
     _register(self, name, param)
-    if held is not None and spread:
-        spread_adapters(self, held)
+    spread_adapters(self, held)
+
+
+def _is_set(caller: FrameType | None) -> bool:
+    """Say whether it is ``Module.__setattr__`` that registers."""
+    return is_read_by(caller, "torch.nn.modules.module")
 
 
 def _register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

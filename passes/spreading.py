@@ -91,8 +91,13 @@ def _lay_out(module: nn.Module, name: str, layout: list[Any]) -> None:
     spread: Any = held
     if held is None or not is_sharded(held) or list(spread.placements) == layout:
         return
+    from torch.distributed.tensor import DTensor
+
     with torch.no_grad():
-        moved = spread.redistribute(spread.device_mesh, layout)
+        own, mesh = spread.redistribute(spread.device_mesh, layout).to_local(), spread.device_mesh
+        # A run of columns of its own: FSDP2 takes no view of more.
+        options: Any = {"run_check": False, "shape": held.shape, "stride": held.stride()}
+        moved = DTensor.from_local(own.contiguous(), mesh, layout, **options)
     own_parameters(module)[name] = nn.Parameter(moved, requires_grad=held.requires_grad)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -344,3 +345,36 @@ def refused(rank: int, folder: Path) -> None:
         lora_fx.inject(model, EVERY, batch(0), adapter="late")
     with pytest.raises(WrappedModelError, match="Inject first"):
         lora_fx.inject(split(net()), EVERY, batch(0))
+
+
+def sharded_too(rank: int, folder: Path, policy: str) -> None:
+    """Four processes: split in pairs, then sharded by FSDP2 across the pairs; batches are halved."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    place = mesh.get_local_rank("dp")
+
+    def spread() -> Net:
+        model = adapted(policy)
+        parallelize_module(model, mesh["tp"], by_heads())
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh["dp"])
+        return fully_shard(model, mesh=mesh["dp"])
+
+    model, alone = spread(), adapted(policy)
+    train(model, rank=place, of=2)
+    train(alone)
+    assert gap(model, alone) < ROUNDING[torch.float32]
+    before = model(batch(9)).detach()
+    lora_fx.save_adapter(model, folder / "a.safetensors")
+    dist.barrier()
+    one = lora_fx.load_adapter(net(), folder / "a.safetensors")
+    assert gap(one, model) < ROUNDING[torch.float32]
+    other = spread()
+    lora_fx.load_adapter(other, folder / "a.safetensors", replace=True)
+    assert torch.equal(other(batch(9)), before)
+    with lora_fx.folded(model):
+        assert gap(model, one) < ROUNDING[torch.float32]
+    assert torch.equal(model(batch(9)), before)
+    lora_fx.unload(other)
+    assert gap(other, net()) < ROUNDING[torch.float32]
+    lora_fx.fold(model)
+    assert gap(model, one) < ROUNDING[torch.float32]
