@@ -60,10 +60,12 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
     Raises:
         AdapterNameError: the model has no adapters, or not this one.
         InputError: the model does not run on the inputs.
-        WrappedModelError: the model is sharded by ``fully_shard``.
+        WrappedModelError: the model is sharded by ``fully_shard`` or tensor parallelism.
     """
     _, name = require(model, adapter)
-    refuse_sharded(model, "verify", "Verify before fully_shard or parallelize_module, or on the unsharded model.")
+    refuse_sharded(
+        model, "verify", "Verify before fully_shard or parallelize_module, or on the unsharded model."
+    )
     comparisons: list[Comparison] = []
     gone = replaced(model, name)
     notes: list[str] = [] if gone is None else [gone]

@@ -14,6 +14,10 @@ from lora_fx.passes.runtime import binding, injected
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 _FIRST = "Inject first, then wrap: gradients of adapters that are added later are not synchronised."
+_SPLIT = (
+    "Inject first, then parallelize_module (or fully_shard): adapters are laid out beside what they adapt."
+    " What transformers split at loading is loaded without tp_plan, injected, and given parallelize_module."
+)
 _COMPILED = "Inject into its _orig_mod, or before torch.compile; the compiled model then sees the adapters."
 _INSIDE = "Inject first, then wrap: names that a wrapper changes would fit no other model."
 _PEFT = (
@@ -46,7 +50,7 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise _refusal(path or "the model", "weights that accelerate offloads", _OFFLOADED)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
-            raise _refusal(name, "a DTensor parameter", _FIRST)
+            raise _refusal(name, "a DTensor parameter", _SPLIT)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

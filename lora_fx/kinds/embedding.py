@@ -34,7 +34,7 @@ def adapted_embedding(
     occurs, ``W`` itself is looked up.
     """
     how = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if lora and on_shards(weight, lora):
+    if lora and on_shards(input, weight, None, lora):
         branch = partial(
             adapted_embedding,
             max_norm=max_norm,

@@ -34,7 +34,7 @@ def adapted_linear(
     if not lora:
         return F.linear(input, weight, bias)
     if not fusable(input, weight, bias, lora):
-        if on_shards(weight, lora):
+        if on_shards(input, weight, bias, lora):
             return linear_on_shards(adapted_linear, composed_linear, input, weight, bias, lora)
         return composed_linear(input, weight, bias, lora)
     merged = merged_linear(input, weight, bias, lora)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from lora_fx.errors import WrappedModelError
 from lora_fx.kinds.base import Branch, LivePart, LiveParts
@@ -74,22 +75,26 @@ def split_of(weight: Tensor, row_axis: int) -> Split | None:
 
     spread: Any = weight
     (layout, *more) = spread.placements
-    if more or type(layout) not in (Replicate, Shard) or weight.dim() != 2:
+    # Of no subclass: a strided shard is no run along an axis. (And "is" is what torch.compile follows.)
+    runs = type(layout) is Shard
+    if more or not (runs or type(layout) is Replicate) or weight.dim() != 2:
         return None
-    axis = layout.dim % 2 if type(layout) is Shard else None
+    axis = layout.dim % 2 if runs else None
     return Split(spread.device_mesh, rows=axis == row_axis, columns=axis == 1 - row_axis)
 
 
-def on_shards(weight: Tensor, lora: LiveParts) -> bool:
+def on_shards(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
     """Say whether a branch computes shard by shard; its tensors must then all lie on the mesh.
 
     Raises:
-        WrappedModelError: the weight was spread over processes, and its adapter was not.
+        WrappedModelError: the weight is spread over processes, and its adapter, bias or input is not.
     """
     if not is_sharded(weight):
         return False
     if not all(is_sharded(part.a) and is_sharded(part.b) for part in lora):
         raise _refusal("a weight that is a DTensor beside an adapter that is none")
+    if not is_sharded(x) or not (bias is None or is_sharded(bias)):
+        raise _refusal("a weight that is a DTensor, with an input or a bias that is none")
     return True
 
 
@@ -97,30 +102,43 @@ def linear_on_shards(
     branch: Branch, composed: Branch, x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
 ) -> Tensor:
     """Return the DTensor ``x W^T + b`` with its parts, by the branch of this process's shards."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    split, last = _split(weight, 0), x.dim() - 1
-    whole, partial, bias_grad = Replicate(), Partial(), Replicate()
-    if split.rows:
-        given, x_grad, small, result, bias_grad = whole, partial, partial, Shard(last), Shard(0)
-    elif split.columns:
-        given, x_grad, small, result, bias_grad = Shard(last), Shard(last), partial, partial, partial
-    else:
-        given = _lead(x, last)
-        x_grad = small = result = given
-        if given != whole:
-            small = bias_grad = partial
-    w_grad = small if not (split.rows or split.columns) else _layout(weight)
-    parts = _local_parts(split, lora, small, weight.shape[0])
+    split, layout = _split(weight, 0), _layout(weight)
+    flow = _flow(split, x)
+    parts = _local_parts(split, lora, flow.small, weight.shape[0])
     own_bias = None
     if bias is not None:
-        own_bias = _local(bias, Shard(0) if split.rows else whole, bias_grad)
+        own_bias = _local(bias, split.layouts[1], flow.bias)  # split as B is
         if split.columns:
             own_bias = own_bias / split.mesh.size()  # as torch does, bit for bit
+    own = _local(weight, layout, layout if split.rows or split.columns else flow.small)
     # A part with no rows here still takes part in the sum of its gradients.
     compute = branch if all(part.b.shape[0] for part in parts) else composed
-    y = compute(_local(x, given, x_grad), _local(weight, _layout(weight), w_grad), own_bias, lora=parts)
-    return _spread(y, split, result, (*x.shape[:-1], weight.shape[0]))
+    y = compute(_local(x, flow.x, flow.dx), own, own_bias, lora=parts)
+    return _spread(y, split, flow.y, (*x.shape[:-1], weight.shape[0]))
+
+
+class _Flow(NamedTuple):
+    """Where x, its gradient and y lie, and the gradients of what is replicated and of the bias."""
+
+    x: Any
+    dx: Any
+    y: Any
+    small: Any
+    bias: Any
+
+
+def _flow(split: Split, x: Tensor) -> _Flow:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last, layout = x.dim() - 1, _layout(x)
+    features = Shard(last)
+    if split.rows:
+        return _Flow(x=Replicate(), dx=Partial(), y=features, small=Partial(), bias=Shard(0))
+    if split.columns:
+        return _Flow(x=features, dx=features, y=Partial(), small=Partial(), bias=Partial())
+    if type(layout) is Shard and layout.dim % (last + 1) != last:
+        return _Flow(x=layout, dx=layout, y=layout, small=Partial(), bias=Partial())
+    return _Flow(x=Replicate(), dx=Replicate(), y=Replicate(), small=Replicate(), bias=Replicate())
 
 
 def embedding_on_shards(
@@ -161,14 +179,6 @@ def _layout(tensor: Tensor) -> Any:
     return spread.placements[0]
 
 
-def _lead(x: Tensor, last: int) -> Any:
-    """Return how an input of a replicated weight is taken: as it is, if its features are whole."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    layout = _layout(x)
-    return layout if type(layout) is Shard and layout.dim % (last + 1) != last else Replicate()
-
-
 def _local_parts(split: Split, lora: LiveParts, small: Any, out: int) -> LiveParts:
     """Return this process's parts; ``small`` is how the gradient of what is replicated comes out."""
     return tuple(_local_part(split, part, small, out) for part in lora)
@@ -203,7 +213,48 @@ def _spread(own: Tensor, split: Split, layout: Any, shape: tuple[int, ...]) -> T
     result: Tensor = DTensor.from_local(
         own, split.mesh, [layout], run_check=False, shape=torch.Size(shape), stride=stride
     )
-    return result
+    if not result.requires_grad or torch.compiler.is_compiling():
+        return result
+    once: Tensor = _once(result)
+    return once
+
+
+class _Once(Function):
+    """The identity, differentiable once: torch's way to shards and back drops second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        del ctx
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del ctx
+        first: Tensor = _first(grads[0]) if torch.is_grad_enabled() else grads[0]
+        return first
+
+
+class _First(Function):
+    """The identity, whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        del ctx
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del ctx, grads
+        raise WrappedModelError(
+            "the second derivative of an adapted layer that tensor parallelism split",
+            expected="first derivatives",
+            got="a derivative of its gradient, of which torch's DTensors drop terms",
+            advice="Differentiate twice on the unsplit model.",
+        )
+
+
+_first: Any = _First.apply
+_once: Any = _Once.apply
 
 
 def _refusal(got: str) -> WrappedModelError:

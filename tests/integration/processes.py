@@ -1,4 +1,4 @@
-"""Run functions in two processes that talk by gloo, and raise what either raises.
+"""Run functions in two processes, or more, that talk by gloo, and raise what either raises.
 
 Importing torch and its distributed parts costs seconds of each process: a server of forks imports them
 once, and every process is a fork of it, with memory of its own.
@@ -22,13 +22,13 @@ WORLD = 2
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
-def _start(rank: int, folder: str, jobs: list[Job]) -> None:
+def _start(rank: int, folder: str, world: int, jobs: list[Job]) -> None:
     torch.set_num_threads(1)
     # What torchrun sets, for libraries that ask.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID="none")
-    store = dist.FileStore(str(Path(folder) / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     try:
         for number, (work, args) in enumerate(jobs):
             own = Path(folder) / str(number)
@@ -43,7 +43,15 @@ def in_two_processes(folder: Path, *jobs: Job) -> None:
 
     The functions are those of an importable module; arguments are pickled.
     """
+    in_processes(WORLD, folder, *jobs)
+
+
+def in_processes(world: int, folder: Path, *jobs: Job) -> None:
+    """Run the jobs in so many new processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    preload = [f"tests.{name}" for name in ("conftest", "integration.corners", "integration.fused")]
+    preload = [
+        f"tests.{name}"
+        for name in ("conftest", "integration.corners", "integration.fused", "integration.tensor_corners")
+    ]
     multiprocessing.set_forkserver_preload(preload)
-    mp.start_processes(_start, args=(str(folder), list(jobs)), nprocs=WORLD, start_method="forkserver")
+    mp.start_processes(_start, args=(str(folder), world, list(jobs)), nprocs=world, start_method="forkserver")

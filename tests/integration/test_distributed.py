@@ -1,4 +1,4 @@
-"""Adapters over two processes: DDP, FSDP2, distributed checkpoints, models that start on the meta device."""
+"""Adapters over two processes: DDP, FSDP2, tensor parallelism, checkpoints, models from the meta device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lora_fx
-from tests.integration import corners, fused, work
-from tests.integration.processes import in_two_processes
+from tests.integration import corners, fused, tensor_corners, tensors, work
+from tests.integration.processes import in_processes, in_two_processes
 from tests.integration.small import adapted, base, batch, gap, train
 
 pytestmark = pytest.mark.slow
@@ -90,8 +90,49 @@ def test_trainer_and_lightning_in_two_processes(tmp_path: Path) -> None:
     in_two_processes(tmp_path, (loops.trainer, ()), (loops.lightning, (False,)), (loops.lightning, (True,)))
 
 
-def test_tensor_parallelism_is_refused_on_either_side_of_inject(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, (work.wrappers, ()), (work.tensor_parallel, ()), (work.flat_parameters, ()))
+def test_a_model_is_injected_before_it_is_wrapped_and_not_by_fsdp1(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, (work.wrappers, ()), (work.flat_parameters, ()))
+
+
+def test_tensor_parallelism_after_inject_computes_trains_and_saves_as_one_process(tmp_path: Path) -> None:
+    cases = [
+        ("every weight", "heads", False, torch.float32),
+        ("every weight", "heads"),
+        ("every weight", "sequence", False, torch.float32),
+        ("every weight", "features"),
+        ("rows", "heads", True),
+        ("starts", "heads"),
+        ("biases", "heads"),
+        ("magnitudes", "heads", False, torch.float32),
+        ("magnitudes", "heads"),
+    ]
+    in_two_processes(tmp_path, *((tensors.computes_as_one, case) for case in cases))
+
+
+def test_tensor_parallelism_with_what_else_there_is(tmp_path: Path) -> None:
+    in_two_processes(
+        tmp_path,
+        (tensor_corners.drops, ()),
+        (tensor_corners.replicated, ()),
+        (tensor_corners.switched, ()),
+        (tensor_corners.seen_by_others, ()),
+        (tensor_corners.from_meta, ()),
+        (tensor_corners.refused, ()),
+    )
+
+
+def test_fully_shard_over_tensor_parallelism(tmp_path: Path) -> None:
+    in_processes(
+        4,
+        tmp_path,
+        (tensor_corners.sharded_too, ("every weight",)),
+        (tensor_corners.sharded_too, ("magnitudes",)),
+    )
+
+
+def test_a_llama_is_split_after_inject_by_its_own_plan(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    in_two_processes(tmp_path, (tensor_corners.transformers_plan, ()))
 
 
 def test_torchrun_runs_the_example(tmp_path: Path) -> None:

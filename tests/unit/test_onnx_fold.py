@@ -178,7 +178,7 @@ def test_a_part_of_an_effective_weight_is_the_part_of_the_whole() -> None:
         parts = (*moved, LivePart(draw(2, form.in_features), draw(form.out_features, 2), 2.0))
         for magnitude in (None, draw(form.out_features)):
             whole = effective_weight(base, form, parts, magnitude)
-            for first, last in ((0, 2), (2, 3), (3, 7)):
+            for first, last in ((0, 2), (2, 3), (3, 7), (5, 7)):
                 found = effective_band(base[first:last], first, form, parts, magnitude)
                 if form == columns_form((7, 5)) and magnitude is not None:
                     assert found is None
