@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 import lora_fx
 from lora_fx import Policy, Rule, Train
 from lora_fx.checkpoints import adapter_state, load_adapter_state, reset_adapter
+from lora_fx.kinds import fused_linear, linear
 from lora_fx.passes.sharded import whole
 from tests.integration.small import WORDS, batch, gap, loss, train, with_values
 
@@ -245,6 +247,17 @@ def computes_as_one(rank: int, folder: Path, *options: Any) -> None:
     assert type(model.blocks[0].up) is nn.Linear
     for key, tensor in one.state_dict().items():
         assert relative(model.state_dict()[key], tensor) < case.rounding, key
+
+
+def adds_thin_products(rank: int, folder: Path, *options: Any) -> None:
+    """The same by the fused operation, which shapes as small as these would not take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "merged_linear", lambda *_: None)
+        calls: list[int] = []
+        forward = fused_linear._forward
+        patch.setattr(fused_linear, "_forward", lambda *args: calls.append(1) or forward(*args))
+        computes_as_one(rank, folder, *options)
+        assert calls
 
 
 def comes_back(rank: int, folder: Path, case: Case, model: Net) -> Net:

@@ -97,7 +97,6 @@ def test_a_model_is_injected_before_it_is_wrapped_and_not_by_fsdp1(tmp_path: Pat
 def test_tensor_parallelism_after_inject_computes_trains_and_saves_as_one_process(tmp_path: Path) -> None:
     cases = [
         ("every weight", "heads", False, torch.float32),
-        ("every weight", "heads"),
         ("every weight", "sequence", False, torch.float32),
         ("every weight", "features"),
         ("rows", "heads", True),
@@ -106,7 +105,8 @@ def test_tensor_parallelism_after_inject_computes_trains_and_saves_as_one_proces
         ("magnitudes", "heads", False, torch.float32),
         ("magnitudes", "heads"),
     ]
-    in_two_processes(tmp_path, *((tensors.computes_as_one, case) for case in cases))
+    fused = (tensors.adds_thin_products, ("every weight", "heads"))
+    in_two_processes(tmp_path, fused, *((tensors.computes_as_one, case) for case in cases))
 
 
 def test_tensor_parallelism_with_what_else_there_is(tmp_path: Path) -> None:
