@@ -163,7 +163,7 @@ def embedding_on_shards(
     here = padding is not None and start <= padding < stop
     padding = padding - start if here and padding is not None else None
     y = branch(torch.where(inside, own_ids - start, 0), own, padding, lora=parts)
-    return _spread(y * inside.unsqueeze(-1), split, Partial(), shape)
+    return _spread(torch.where(inside.unsqueeze(-1), y, 0), split, Partial(), shape)
 
 
 def _split(weight: Tensor, row_axis: int) -> Split:
