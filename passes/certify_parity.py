@@ -152,9 +152,10 @@ def _cases(subject: Subject, inputs: Inputs, session: Any, notes: list[str]) -> 
         return refused is None
 
     example, name, other = inputs, "random", random_like(inputs, seed=0)
-    if batch_size(inputs) is not None and any(_is_free(shape, 0) for shape in declared):
+    batch = frozenset(position for position, shape in enumerate(declared) if _is_free(shape, 0))
+    if batch_size(inputs) is not None and batch:
         # One item of the example is as good as many, and float64 is slow.
-        single, pair = with_batch(inputs, 1), random_like(with_batch(inputs, 2), seed=0)
+        single, pair = with_batch(inputs, 1, batch), random_like(with_batch(inputs, 2, batch), seed=0)
         if accepted("another batch", single, pair):
             example, name, other = single, "random, in a batch of 2", pair
     if name == "random" and not accepted("a random input", other):

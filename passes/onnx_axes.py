@@ -56,6 +56,15 @@ def batches(model: nn.Module, inputs: Inputs, axes: Axes) -> Groups:
     return tuple(group for group in found if len(group) > 1)
 
 
+def whole_batches(axes: Axes, groups: Groups) -> Axes:
+    """Return the varying axes without the batch of each group in which some input's batch is fixed.
+
+    The exporter fixes the batch of those inputs alone over which the model loops.
+    """
+    fixed = [group for group in groups if not all((position, 0) in axes for position in group)]
+    return axes - {(position, 0) for group in fixed for position in group}
+
+
 def symbolic(graph: ir.Graph) -> Axes:
     """Return the axes of a graph's inputs that may vary."""
     return frozenset(

@@ -22,6 +22,7 @@ from lora_fx.passes.onnx_axes import (
     not_free,
     same_symbols,
     symbolic,
+    whole_batches,
 )
 from lora_fx.passes.onnx_canonical import all_nodes
 from lora_fx.passes.onnx_inputs import Axes, batch_size, tensors, varying, with_batch
@@ -173,13 +174,17 @@ def _holds(model: nn.Module, kind: str) -> ExportError:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One way to translate: with given dynamic shapes, or with axes of our own choice."""
+    """One way to translate: with given dynamic shapes, or with axes of our own choice.
+
+    ``together``: the inputs that the model wants in one batch; ``shared``: these have one dimension.
+    """
 
     name: str
     inputs: Inputs
     given: DynamicShapes | None = None
     axes: Axes = frozenset()
-    batches: Groups = ()
+    together: Groups = ()
+    shared: bool = False
 
 
 def _attempts(
@@ -193,21 +198,20 @@ def _attempts(
     batch, sequence = varying(widened, sequence=False), varying(widened, sequence=True)
     if like is not None and len(like.graph.inputs) == len(tensors(widened)):
         batch, sequence = batch & symbolic(like.graph), sequence & symbolic(like.graph)
-    shared = batches(model, widened, batch)
-    if like is not None and not same_symbols(shared, like.graph):
-        shared = ()
+    together = batches(model, widened, batch)
+    shared = together if like is None or same_symbols(together, like.graph) else ()
     tried = [("a varying batch and sequence", sequence)] if sequence != batch else []
     tried += [("a varying batch", batch)] if batch else []
     for name, axes in tried:
         if shared:
-            yield _Attempt(f"{name}, the same batch in several inputs", widened, axes=axes, batches=shared)
-        yield _Attempt(name, widened, axes=axes)
+            yield _Attempt(f"{name}, the same batch in several inputs", widened, None, axes, together, True)
+        yield _Attempt(name, widened, axes=axes, together=together)
     yield _Attempt("static shapes", inputs)
 
 
 def _attempted(model: nn.Module, attempt: _Attempt, opset: int | None, notes: list[str]) -> Program:
     exported = _translate(model, attempt, opset)
-    kept = attempt.axes - _specialised(exported)
+    kept = whole_batches(attempt.axes - _specialised(exported), attempt.together)
     kept -= not_free(model, attempt.inputs, exported.model, kept)
     if attempt.given is None and kept != attempt.axes:
         # What the model fixes stays a symbol with a range of one in the graph: translate without it.
@@ -225,7 +229,9 @@ def _translate(model: nn.Module, attempt: _Attempt, opset: int | None) -> Any:
     args, kwargs = attempt.inputs
     dynamic = attempt.given
     if attempt.axes:
-        dynamic = dynamic_shapes_of(model, attempt.inputs, attempt.axes, attempt.batches)
+        dynamic = dynamic_shapes_of(
+            model, attempt.inputs, attempt.axes, attempt.together if attempt.shared else ()
+        )
     with quiet():
         exported: Any = torch.onnx.export(
             model,

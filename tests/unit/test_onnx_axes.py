@@ -59,6 +59,18 @@ class Summed(nn.Module):
         return self.inner(ids, mask) + self.inner.q.weight.sum()
 
 
+class Looped(nn.Module):
+    """Loops over the batch of one input, so that the exporter fixes it; a mask's it would leave open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.move = Masked(), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
+        moved = [self.move(steps[index]) for index in range(steps.shape[0])]
+        return self.text(ids, mask) + torch.stack(moved)
+
+
 def batch_names(path: Path) -> list[str]:
     graph = load(path).graph
     return [str((value.shape or ("",))[0]) for value in (*graph.inputs, *graph.outputs)]
@@ -82,6 +94,25 @@ def test_batches_of_their_own_keep_their_names(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feeds = {"images": IMAGES[:1].numpy(), "ids": IDS.numpy(), "mask": ONES.numpy()}
     assert session.run(None, feeds)[0].shape == (1, 2)
+
+
+def test_a_batch_that_the_model_fixes_in_one_input_is_fixed_in_all_of_them(tmp_path: Path) -> None:
+    model, base = made(Looped), tmp_path / "base.onnx"
+    certificate = export_onnx(model, base, (IDS, ONES, IMAGES))
+    assert batch_names(base) == ["2"] * 4
+    assert not any("it computes something else" in note for note in certificate.notes)
+    given = subject(model, ("text.q.weight", "move.weight"))
+    assert export(given, model, (IDS, ONES, IMAGES), tmp_path / "task.onnx", base=base).ok
+
+
+def test_only_what_the_file_leaves_open_is_given_another_batch(tmp_path: Path) -> None:
+    model, base = made(Looped), tmp_path / "base.onnx"
+    shapes = {"ids": None, "mask": {0: torch.export.Dim.DYNAMIC}, "steps": None}
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    certificate = export_onnx(model, base, (IDS, mask, IMAGES), dynamic_shapes=shapes)
+    assert batch_names(base)[1] not in ("2", "1")
+    assert any("another batch was not tried" in note for note in certificate.notes)
+    assert certificate["parity"].data.keys() == {"example", "random"}
 
 
 def test_a_base_that_named_each_input_apart_can_still_be_folded_into(
