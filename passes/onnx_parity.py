@@ -82,14 +82,20 @@ def _from_ort(value: Any) -> Tensor:
 
 
 def distance(found: Outputs, reference: Outputs) -> float:
-    """Return the largest ``|found - reference| / |reference|`` by norm over the outputs, in float64.
+    """Return the largest of ``distances``."""
+    return max(distances(found, reference), default=0.0)
+
+
+def distances(found: Outputs, reference: Outputs) -> list[float]:
+    """Return ``|found - reference| / |reference|`` by norm for each output, in float64.
 
     Equal infinities and equal nan count as agreement; any other non-finite value makes the distance
-    infinite. Of integer and boolean outputs it is the share of elements that differ.
+    infinite, as another number of outputs does. Of integer and boolean outputs it is the share of
+    elements that differ.
     """
     if len(found) != len(reference):
-        return float("inf")
-    return max((_distance(a, b) for a, b in zip(found, reference, strict=True)), default=0.0)
+        return [float("inf")] * max(len(found), len(reference))
+    return [_distance(a, b) for a, b in zip(found, reference, strict=True)]
 
 
 def _distance(found: Tensor, reference: Tensor) -> float:

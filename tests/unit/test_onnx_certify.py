@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -26,8 +27,9 @@ from lora_fx.passes.certify_values import ulps
 from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
 from lora_fx.passes.onnx_parity import distance
+from lora_fx.passes.rounding_noise import RoundingNoise
 from tests.unit.onnx_adapters import adapter, subject_with
-from tests.unit.onnx_models import Mixed, export, made, subject
+from tests.unit.onnx_models import Mixed, export, export_pair, made, subject
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 Tamper = Callable[[ir.Model], None]
@@ -420,3 +422,107 @@ def test_a_parity_that_compares_no_digit_says_so(times: int, noted: bool, tmp_pa
     certificate = export_onnx(model, tmp_path / "task.onnx", x)
     assert certificate.ok
     assert any("parity compares no digit" in note for note in certificate.notes) is noted
+
+
+class Lowest(nn.Module):
+    """Masks with the lowest number of the scores' dtype, in float32: float64's makes every output NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.out = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.linear(x))
+        allowed = torch.ones(6, dtype=torch.float32)
+        return self.out(hidden + (1.0 - allowed) * torch.finfo(hidden.dtype).min)
+
+
+class Dtyped(Lowest):
+    """Computes something else, and finite, in float64."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.linear(x))) * (2.0 if x.dtype is torch.float64 else 1.0)
+
+
+class Choosing(Lowest):
+    """Chooses rows by scores that are equal but for their rounding; what they are chosen from is tame."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = self.out(torch.tanh(self.linear(x)))
+        scores = rows.sum(-1) * 3e-7 - 4.6
+        chosen = scores.topk(5, dim=1).indices.unsqueeze(-1).expand(-1, -1, 4)
+        return {"rows": rows, "chosen": rows.gather(1, chosen)}
+
+
+ROWS = torch.randn(2, 60, 6, generator=torch.Generator().manual_seed(4))
+
+
+def parity_of(model: nn.Module, folder: Path, factor: float = 1.0) -> tuple[Check, list[str]]:
+    """The check alone, on a folded file in which one matrix is multiplied by a factor."""
+    base, folded, _ = export_pair(model, ("linear.weight", "out.weight"), ROWS, folder)
+    file = onnx_files.load(folded)
+    put(weight_of(file, "MatMul", 0), held(weight_of(file, "MatMul", 0)) * factor)
+    onnx_files.save(file, folder / "other.onnx")
+    sessions = [
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for path in (base, folder / "other.onnx")
+    ]
+    notes: list[str] = []
+    given = subject(model, ("linear.weight", "out.weight"))
+    check = certify_parity.parity_check(given, ((ROWS,), {}), *sessions, precision=torch.float32, notes=notes)
+    return check, notes
+
+
+@pytest.mark.parametrize("build", [Lowest, Dtyped])
+def test_where_float64_is_no_reference_the_model_in_its_own_dtype_is(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    model = made(build)
+    check, notes = parity_of(model, tmp_path)
+    assert check.ok
+    assert {measured["output"] for measured in check.data.values()} == {"output"}
+    assert all(measured["folded"] < 2e-6 for measured in check.data.values())
+    assert "float64 is no reference for output" in check.detail
+    assert not any("no digit" in note for note in notes)
+    check, _ = parity_of(model, tmp_path, 1 + 1e-3)
+    assert not check.ok
+    assert "against the folded model" in check.detail
+    assert "in the model's own dtype" in check.place
+
+
+@pytest.mark.parametrize("build", [Lowest, Dtyped])
+def test_where_float64_is_no_reference_a_wrong_base_excuses_nothing(
+    build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = certify_parity.run
+    monkeypatch.setattr(certify_parity, "run", lambda *args: [out * 1.5 for out in run(*args)])
+    with pytest.raises(CertificateError, match=r"error 0\.5 of the base file against the base model"):
+        export_onnx(made(build), tmp_path / "base.onnx", ROWS)
+
+
+def test_only_the_outputs_that_are_chosen_by_rounding_compare_no_digit(tmp_path: Path) -> None:
+    model = made(Choosing)
+    check, notes = parity_of(model, tmp_path)
+    assert check.ok
+    assert any("parity compares no digit of chosen: " in note for note in notes)
+    check, _ = parity_of(model, tmp_path, 1 + 1e-3)
+    assert not check.ok
+    assert check.place == "example inputs"
+    assert check.data["example"]["folded"] > 1e-4
+
+
+def test_noise_moves_by_a_rounding_what_is_no_whole_number() -> None:
+    x, kept = torch.rand(1000), torch.zeros(4)
+    before = x.clone()
+    with RoundingNoise(0):
+        moved, again = x * 1.1, x * 1.1
+        whole = torch.arange(8.0) * 2 - 5
+        kept.add_(0.1)
+        view = x.view(10, 100)
+    gap = (moved - x * 1.1).abs() / (x * 1.1)
+    assert 0 < float(gap.max()) <= 2 * torch.finfo(torch.float32).eps
+    assert not torch.equal(moved, again)
+    assert torch.equal(whole, torch.arange(8.0) * 2 - 5)
+    assert torch.equal(kept, torch.full((4,), 0.1))
+    assert torch.equal(x, before)
+    assert view.data_ptr() == x.data_ptr()
