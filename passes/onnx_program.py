@@ -129,7 +129,7 @@ def program(
     vary where the model allows it; where translation fails so, less and less may vary, and a note
     says so. Inputs that the model wants in the same batch are given one dimension, unless ``like``, an
     earlier export that the new one is to equal, gave them several. ``passed_over`` are attempts whose
-    files were found to be wrong, with the reason: the next ones are made.
+    files were found to be wrong, with the reason: the next ones in which less varies are made.
 
     Raises:
         ExportError: the model cannot be translated, with the exporter's own reason.
@@ -137,7 +137,9 @@ def program(
     wrong = dict(passed_over or {})
     notes = [f"not exported with {name}: {why}" for name, why in wrong.items()]
     last: Exception | None = None
-    attempts = [a for a in _attempts(model, inputs, dynamic_shapes, like) if a.name not in wrong]
+    attempts = list(_attempts(model, inputs, dynamic_shapes, like))
+    failed = [attempt for attempt in attempts if attempt.name in wrong]
+    attempts = [each for each in attempts if not any(each.axes >= other.axes for other in failed)]
     for attempt in attempts:
         try:
             made = _attempted(model, attempt, opset, notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -16,6 +17,7 @@ from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.onnx_files import load
 from tests.unit.onnx_models import export, made, subject
 
+BOTH = "a varying batch and sequence"
 IDS = torch.tensor([[1, 4, 4], [2, 0, 9]])
 ONES = torch.ones(2, 3, dtype=torch.long)
 IMAGES = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -156,6 +158,25 @@ def test_what_is_wrong_where_sizes_vary_is_exported_with_fewer(
     task = export(given, model, (IDS,), tmp_path / "task.onnx", base=base)
     assert task["derived"].ok
     assert [str(size) for size in load(tmp_path / "task.onnx").graph.inputs[0].shape or ()] == shape
+
+
+def test_what_is_wrong_where_a_batch_is_shared_is_not_tried_with_one_for_each_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lengths(Masked):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(ids, mask) * (1.5 if isinstance(ids.shape[1], torch.SymInt) else 1.0)
+
+    made_with, translate = list[str](), onnx_program._translate
+
+    def told(model: nn.Module, attempt: Any, opset: int | None) -> Any:
+        made_with.append(attempt.name)
+        return translate(model, attempt, opset)
+
+    monkeypatch.setattr(onnx_program, "_translate", told)
+    certificate = export_onnx(made(Lengths), tmp_path / "base.onnx", (IDS, ONES))
+    assert certificate.ok
+    assert made_with == [f"{what}, the same batch in several inputs" for what in (BOTH, "a varying batch")]
 
 
 def test_what_is_wrong_whatever_varies_is_refused(tmp_path: Path) -> None:
