@@ -139,7 +139,8 @@ def _rows(built: Sequence[Row]) -> str:
         "tried. ONNX: whether the base is exported (`upstream`:",
         "torch's exporter or onnxruntime fails on it by itself; `large`: more parameters than are exported",
         "here; `slow`: did not end in its time), whether the folded file's certificate holds, and the",
-        "largest error of onnxruntime on it against the folded model in float64.",
+        "largest error of onnxruntime on it against the folded model in float64 (in its own dtype for an",
+        "output that float64 is no reference for).",
     )
     files = ("exported", "certificate", "parity")
     titles = ("model", "class", "parameters", "sites", "share", "branch", *STAGES, *files, *TIMES)
