@@ -143,8 +143,9 @@ def program(
     for attempt in attempts:
         try:
             made = _attempted(model, attempt, opset, notes)
+            made = replace(made, attempt=attempt.name, last=attempt is attempts[-1])
             made.prepare()
-            return replace(made, attempt=attempt.name, last=attempt is attempts[-1])
+            return made
         except Exception as error:  # the exporter raises many classes  # noqa: BLE001
             last = error
             notes.append(f"not exported with {attempt.name}: {reason(error)}")

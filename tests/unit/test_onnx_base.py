@@ -318,3 +318,20 @@ def test_axes_are_called_batch_and_sequence(tmp_path: Path) -> None:
 def test_a_map_of_another_version_is_refused() -> None:
     with pytest.raises(ExportError, match="mapping_version 99"):
         ParameterMap.from_json('{"mapping_version": 99, "parameters": {}}')
+
+
+class Snake(nn.Module):
+    """A factor of ones that is used as it is, and through its reciprocal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.alpha = nn.Conv1d(3, 3, 1), nn.Parameter(torch.ones(1, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x + (self.alpha + 1e-9).reciprocal() * torch.sin(self.alpha * x).pow(2)
+
+
+def test_the_reciprocal_of_a_factor_of_ones_is_not_taken_for_a_multiple_of_it(tmp_path: Path) -> None:
+    certificate = export_onnx(made(Snake), tmp_path / "base.onnx", torch.randn(2, 3, 5))
+    assert certificate.ok
