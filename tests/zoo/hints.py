@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from tests.zoo.hints_multimodal import MULTIMODAL_HINTS
+from tests.zoo.hints_vision import VISION_HINTS
+
 _SERIES: dict[str, Any] = {
     "config": {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]},
     "inputs": lambda config: {
@@ -72,6 +75,8 @@ _BACKBONE: dict[str, Any] = {
 }
 
 HINTS: dict[str, dict[str, Any]] = {
+    **VISION_HINTS,
+    **MULTIMODAL_HINTS,
     "swin": {"config": {"window_size": 2, "image_size": 64}},
     "swinv2": {"config": {"window_size": 2}},
     "donut-swin": {"config": {"window_size": 2}},
@@ -116,7 +121,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "mamba2": {"config": {"num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "n_groups": 1}},
     "gpt_neo": {"config": {"attention_types": [[["global", "local"], 1]]}},
     "xmod": {"config": {"languages": ["en_XX"], "default_language": "en_XX"}},
-    "sam": {"image": 64},
+    "bros": {"config": {"hidden_size": 64}, "inputs": lambda _: {"bbox": torch.rand(2, 9, 4)}},
     "vilt": {"also": ("pixel_values",)},
     "kosmos-2": {
         "config": {"latent_query_num": 4},

@@ -103,7 +103,8 @@ def tiny_fields(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]
 def _changed(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     """A part keeps its own defaults where no pattern knows better."""
     changed = tiny_fields(type(config), overrides)
-    for name in _LAYERED:
+    own = {field.name for field in dataclasses.fields(type(config))}
+    for name in own.intersection(_LAYERED):
         if getattr(config, name, None) is not None and name not in overrides:
             changed[name] = None
     return changed

@@ -1,0 +1,134 @@
+"""What models that see need beside the general rules: the table of ``hints.py``, continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_SIDE = 64
+"""Pixels in height and in width, where sixteen in a patch leave four patches."""
+
+
+def _pointed(_: Any) -> dict[str, Any]:
+    """Return three points on each image, the last of them outside the thing that is meant."""
+    return {
+        "input_points": torch.rand(2, 1, 3, 2) * _SIDE,
+        "input_labels": torch.tensor([[[1, 1, 0]]] * 2),
+    }
+
+
+_SAM: dict[str, Any] = {
+    "image": _SIDE,
+    "config": {
+        "vision_config.image_size": _SIDE,
+        "vision_config.num_pos_feats": 16,
+        "vision_config.window_size": 2,
+        "vision_config.global_attn_indexes": [1],
+        "vision_config.initializer_range": 0.02,
+        "prompt_encoder_config.image_size": _SIDE,
+        "prompt_encoder_config.image_embedding_size": _SIDE // 16,
+    },
+    "inputs": _pointed,
+}
+_HIERA: dict[str, Any] = {
+    "image_size": [_SIDE, _SIDE],
+    "hidden_size": 8,
+    "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1, 2, 2, 2],
+    "window_size_per_stage": [4, 2, 2, 2],
+    "window_positional_embedding_background_size": [4, 4],
+    "global_attention_blocks": [3],
+}
+_SAM2_VISION: dict[str, Any] = {
+    **{f"backbone_config.{name}": value for name, value in _HIERA.items()},
+    "backbone_channel_list": [64, 32, 16, 8],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+_SAM3_VISION: dict[str, Any] = {
+    "backbone_config.image_size": 56,
+    "backbone_config.pretrain_image_size": 28,
+    "backbone_config.window_size": 2,
+    "backbone_config.global_attn_indexes": [1],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+
+
+def _part(part: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{name}": value for name, value in fields.items()}
+
+
+_FEW_FILTERS: dict[str, Any] = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64}
+
+
+def _backed(**backbone: Any) -> dict[str, Any]:
+    """Return four stages of a backbone, all of which are looked at."""
+    stages = {"out_features": _STAGES, "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4, **backbone}
+    return {"image": _SIDE, "config": _part("backbone_config", stages)}
+
+
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_RT_DETR: dict[str, Any] = {
+    "image": _SIDE,
+    "config": {
+        "backbone_config.embedding_size": 16,
+        "backbone_config.hidden_sizes": [16, 32, 32, 32],
+        "encoder_in_channels": [32, 32, 32],
+    },
+}
+
+VISION_HINTS: dict[str, dict[str, Any]] = {
+    "sam": _SAM,
+    "sam_hq": _SAM,
+    "sam2": {
+        "image": _SIDE,
+        "config": {**_part("vision_config", _SAM2_VISION), "prompt_encoder_config.image_size": _SIDE},
+        "inputs": _pointed,
+    },
+    "sam2_vision_model": {"image": _SIDE, "config": _SAM2_VISION},
+    "sam2_hiera_det_model": {"image": _SIDE, "config": _HIERA},
+    "sam3": {
+        "image": 56,
+        "also": ("input_ids",),
+        "config": _part("vision_config", _SAM3_VISION),
+    },
+    "sam3_lite_text": {
+        "image": 56,
+        "also": ("input_ids",),
+        "config": _part("vision_config", _SAM3_VISION),
+    },
+    "sam3_lite_text_text_model": {"main": "input_ids"},
+    "sam3_tracker": {
+        "image": 56,
+        "config": {**_part("vision_config", _SAM3_VISION), "prompt_encoder_config.image_size": 56},
+        "inputs": _pointed,
+    },
+    "align": {
+        "image": _SIDE,
+        "also": ("pixel_values",),
+        "config": {**_part("vision_config", _FEW_FILTERS), "projection_dim": 8},
+    },
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "rf_detr": _backed(image_size=_SIDE, patch_size=8, num_windows=2, num_register_tokens=0),
+    "lw_detr": _backed(image_size=_SIDE, window_block_indices=[1]),
+    "efficientnet": {"image": _SIDE, "config": _FEW_FILTERS},
+    "pvt": {"image": _SIDE, "config": {"image_size": _SIDE, "num_encoder_blocks": 4}},
+    "seggpt": {
+        "image": 16,
+        "head": "SegGptForImageSegmentation",
+        "config": {
+            "image_size": [32, 16],
+            "patch_size": 4,
+            "pretrain_image_size": 16,
+            "num_hidden_layers": 3,
+            "merge_index": 1,
+            "intermediate_hidden_state_indices": [1, 2],
+        },
+        "inputs": lambda _: {
+            "prompt_pixel_values": torch.randn(2, 3, 16, 16),
+            "prompt_masks": torch.randn(2, 3, 16, 16),
+        },
+    },
+}
