@@ -246,9 +246,10 @@ def _class(model_type: str, name: str) -> type[nn.Module]:
     if hasattr(transformers, name):
         found: type[nn.Module] = getattr(transformers, name)
         return found
-    module: types.ModuleType = importlib.import_module(
-        f"transformers.models.{model_type}.modeling_{model_type}"
-    )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    written = CONFIG_MAPPING[model_type].__module__.replace(".configuration_", ".modeling_")
+    module: types.ModuleType = importlib.import_module(written)
     return getattr(module, name)
 
 

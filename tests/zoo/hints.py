@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from tests.zoo.hints_language import LANGUAGE_HINTS
 from tests.zoo.hints_multimodal import MULTIMODAL_HINTS
+from tests.zoo.hints_series import SERIES_HINTS
 from tests.zoo.hints_vision import VISION_HINTS
 
 _SERIES: dict[str, Any] = {
@@ -76,6 +78,8 @@ _BACKBONE: dict[str, Any] = {
 
 HINTS: dict[str, dict[str, Any]] = {
     **VISION_HINTS,
+    **LANGUAGE_HINTS,
+    **SERIES_HINTS,
     **MULTIMODAL_HINTS,
     "swin": {"config": {"window_size": 2, "image_size": 64}},
     "swinv2": {"config": {"window_size": 2}},
@@ -115,7 +119,6 @@ HINTS: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": _rotary([1, 1, 2]),
     "vits": {"config": {"upsample_initial_channel": 32, "spectrogram_bins": 33}},
     "gemma3n_vision": {"config": {"architecture": "mobilenetv3_small_050"}},
-    "reformer": {"skip": "its own backward refuses eval mode (an assert in modeling_reformer.py)"},
     "mobilebert": {"config": {"embedding_size": 16}},  # its head's second part is of what is left of 32
     "flava": {"image": 32},
     "mamba2": {"config": {"num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "n_groups": 1}},

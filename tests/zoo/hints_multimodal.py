@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-IMAGE, SOUND = 99, 98
-"""The tokens that stand for a part of an image and of a sound."""
+IMAGE, SOUND, SEEN, SAID = 99, 98, 97, 96
+"""The tokens that stand for a part of an image and of a sound, and those after which each starts."""
 GRID = 4
 """Patches in height and in width of an image."""
 
@@ -23,7 +23,7 @@ def patches(vision: Any, images: int = 2) -> torch.Tensor:
 def worded(*tokens: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Return words of two texts, then so many of each of these tokens."""
     stood = [torch.full((2, count), token) for token, count in tokens]
-    ids = torch.cat([torch.randint(3, 97, (2, 5)), *stood], dim=1)
+    ids = torch.cat([torch.randint(3, 90, (2, 5)), *stood], dim=1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -55,7 +55,7 @@ def _heard(frames: int, tokens: int) -> Callable[[Any], dict[str, Any]]:
 
     def make(config: Any) -> dict[str, Any]:
         return {
-            **worded((IMAGE, GRID * GRID // 4), (SOUND, tokens)),
+            **worded((SEEN, 1), (IMAGE, GRID * GRID // 4), (95, 1), (SAID, 1), (SOUND, tokens), (94, 1)),
             "pixel_values": patches(config.vision_config),
             "image_grid_thw": torch.tensor([[1, GRID, GRID]] * 2),
             "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames),
@@ -73,8 +73,10 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {
         "config": {
-            "image_token_index": IMAGE,
-            "audio_token_index": SOUND,
+            "image_token_id": IMAGE,
+            "audio_token_id": SOUND,
+            "vision_start_token_id": SEEN,
+            "audio_start_token_id": SAID,
             "text_config.rope_parameters": _ROPE,
             "vision_config.fullatt_block_indexes": [1],
         },
@@ -84,6 +86,8 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
         "config": {
             "image_token_id": IMAGE,
             "audio_token_id": SOUND,
+            "vision_start_token_id": SEEN,
+            "audio_start_token_id": SAID,
             "text_config.rope_parameters": _ROPE,
             "vision_config.deepstack_visual_indexes": [0],
             "vision_config.num_position_embeddings": 16,
@@ -91,11 +95,35 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
         "inputs": _heard(16, 2),
     },
     "qwen3_asr_encoder": {
-        "config": {"n_window": 8, "n_window_infer": 16},
         "inputs": lambda config: {
-            "input_features": torch.randn(2, config.num_mel_bins, 32),
-            "input_features_mask": torch.ones(2, 32, dtype=torch.long),
+            "input_features": torch.randn(2, config.num_mel_bins, 100),
+            "input_features_mask": torch.ones(2, 100, dtype=torch.long),
         },
+    },
+    "idefics": {
+        "config": {"alpha_initializer": "ones"},
+        "frames": (2,),
+        "also": ("pixel_values",),
+        "inputs": lambda _: {"image_attention_mask": torch.ones(2, 9, 2, dtype=torch.long)},
+    },
+    "oneformer": {
+        "main": "pixel_values",
+        "inputs": lambda config: {"task_inputs": torch.randint(3, 100, (2, config.task_seq_len))},
+    },
+    "bridgetower": {
+        "config": {
+            "hidden_size": 64,
+            "text_config.hidden_size": 64,
+            "vision_config.hidden_size": 64,
+        },
+        "also": ("pixel_values", "input_ids"),
+    },
+    "chameleon": {"config": {"vocabulary_map": {"<image>": IMAGE}, "vq_config.resolution": 32,
+        "vq_config.channel_multiplier": [1, 1]}},
+    "emu3": {"config": {"pad_token_id": 0, "vocabulary_map": {"<image>": IMAGE}}},
+    "vision-text-dual-encoder": {
+        "config": {"vision_config.pooler_output_size": 32},
+        "also": ("pixel_values", "input_ids"),
     },
     "video_llama_3_vision": {
         "inputs": lambda config: {

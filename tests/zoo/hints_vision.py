@@ -113,6 +113,13 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     "rt_detr_v2": _RT_DETR,
     "rf_detr": _backed(image_size=_SIDE, patch_size=8, num_windows=2, num_register_tokens=0),
     "lw_detr": _backed(image_size=_SIDE, window_block_indices=[1]),
+    "tvp": {
+        "image": 64,
+        "frames": (2,),
+        "also": ("pixel_values",),
+        "config": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "max_position_embeddings": 64},
+    },
+    "timm_backbone": {"image": _SIDE, "config": {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}},
     "efficientnet": {"image": _SIDE, "config": _FEW_FILTERS},
     "pvt": {"image": _SIDE, "config": {"image_size": _SIDE, "num_encoder_blocks": 4}},
     "seggpt": {

@@ -30,6 +30,8 @@ def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
         "hidden_states": lambda: _patches(config),
         "past_values": lambda: _noise(BATCH, part_with(config, "context_length").context_length, 1),
     }
+    extra = hints.get("inputs")
+    given = extra(config) if callable(extra) else {}
     needed = [n for n in makers if _required(accepted, n)]
     wanted = list(dict.fromkeys([main, *needed, *hints.get("also", ())]))
     if "grid_thw" in wanted:
@@ -46,13 +48,13 @@ def dummy_inputs(model: nn.Module, hints: dict[str, Any]) -> dict[str, Any]:
         wanted.append("pixel_values")
     if "pixel_values" in wanted and main == "pixel_values" and _required(accepted, "input_ids"):
         wanted.append("input_ids")
-    found = {name: makers[name]() for name in wanted if name in makers and name in accepted}
+    made = [name for name in wanted if name in makers and name in accepted and name not in given]
+    found = {name: makers[name]() for name in made}
     if "use_cache" in accepted:
         found["use_cache"] = False
     if "attention_mask" in accepted and "input_ids" in found and hints.get("mask", True):
         found["attention_mask"] = torch.ones_like(found["input_ids"])
-    extra = hints.get("inputs")
-    found.update(extra(config) if callable(extra) else {})
+    found.update(given)
     return {k: v for k, v in found.items() if v is not None}
 
 

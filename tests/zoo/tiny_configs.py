@@ -86,8 +86,7 @@ def tiny_fields(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]
         value = _value(default, field.name)
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             inner = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(field.name + ".")}
-            changed = _changed(value, inner)
-            fields[field.name] = {**value.to_dict(), **changed, "model_type": value.model_type}
+            fields[field.name] = {**_kept(value), **_changed(value, inner), "model_type": value.model_type}
             continue
         small = _small(field.name, value, default)
         if small is not None:
@@ -108,6 +107,16 @@ def _changed(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         if getattr(config, name, None) is not None and name not in overrides:
             changed[name] = None
     return changed
+
+
+def _kept(config: Any) -> dict[str, Any]:
+    """Return what a part says of itself, less what it says of layers and heads that a small one lacks."""
+    kept = config.to_dict()
+    if "num_key_value_heads" not in {field.name for field in dataclasses.fields(type(config))}:
+        kept.pop("num_key_value_heads", None)
+    if isinstance(kept.get("per_layer_config"), dict):
+        kept["per_layer_config"] = {k: v for k, v in kept["per_layer_config"].items() if int(k) < LAYERS}
+    return kept
 
 
 def _value(default: Any, name: str) -> Any:

@@ -1,0 +1,83 @@
+"""What models of sounds, of series and of long texts need beside the general rules: ``hints.py``, continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_MIXED: dict[str, Any] = {"num_hidden_layers": 4, "use_mamba_kernels": False}
+_MIXED_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+
+
+def _sound(samples: int = 1600) -> dict[str, Any]:
+    """Return one channel of sound."""
+    return {"inputs": lambda _: {"input_values": torch.randn(2, 1, samples)}}
+
+
+SERIES_HINTS: dict[str, dict[str, Any]] = {
+    "zamba": {"config": {**_MIXED, "layers_block_type": _MIXED_LAYERS, "attention_hidden_size": 64, "attention_head_dim": 32}},
+    "zamba2": {
+        "config": {
+            **_MIXED,
+            "layers_block_type": _MIXED_LAYERS,
+            "n_mamba_heads": 4,
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+        }
+    },
+    "wav2vec2-bert": {"config": {"vocab_size": 100}, "mel": (20, 32)},
+    "timesfm": {
+        "config": {"patch_length": 4, "context_length": 16, "horizon_length": 8},
+        "inputs": lambda _: {"past_values": [torch.randn(16), torch.randn(16)], "freq": [0, 1]},
+    },
+    "timesfm2_5": {
+        "config": {"patch_length": 4, "context_length": 16, "horizon_length": 8, "output_quantile_len": 8},
+        "inputs": lambda _: {"past_values": [torch.randn(16), torch.randn(16)]},
+    },
+    "xcodec": {"config": {"codebook_dim": 288}, **_sound(3200)},
+    "mimi": {"config": {"upsample_groups": 32}, **_sound(1920)},
+    "vibevoice_acoustic_tokenizer": _sound(),
+    "vibevoice_acoustic_tokenizer_encoder": {
+        "config": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},
+        "inputs": lambda _: {"hidden_states": torch.randn(2, 1, 64)},
+    },
+    "vibevoice_acoustic_tokenizer_decoder": {
+        "config": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},
+        "inputs": lambda config: {"hidden_states": torch.randn(2, config.hidden_size, 9)},
+    },
+    "clap": {
+        "config": {
+            "audio_config.spec_size": 32,
+            "audio_config.num_mel_bins": 16,
+            "audio_config.window_size": 2,
+            "audio_config.depths": [1, 1],
+            "audio_config.num_attention_heads": [2, 2],
+            "audio_config.patch_embeds_hidden_size": 16,
+            "audio_config.hidden_size": 32,
+        },
+        "inputs": lambda _: {
+            "input_features": torch.randn(2, 1, 64, 16),
+            "is_longer": torch.zeros(2, 1, dtype=torch.bool),
+        },
+    },
+    "t5gemma2_encoder": {"config": {"text_config.dropout_rate": 0.0}},
+    "musicgen": {
+        "head": "MusicgenForConditionalGeneration",
+        "inputs": lambda config: {
+            "decoder_input_ids": torch.randint(3, 100, (2 * config.decoder.num_codebooks, 6))
+        },
+    },
+    "perceiver": {
+        "config": {"max_position_embeddings": 9},
+        "main": "inputs",
+        "inputs": lambda _: {
+            "inputs": torch.randint(3, 100, (2, 9)),
+            "attention_mask": torch.ones(2, 9, dtype=torch.long),
+        },
+    },
+    "udop": {
+        "also": ("pixel_values",),
+        "inputs": lambda _: {"bbox": torch.rand(2, 9, 4)},
+    },
+}
