@@ -30,7 +30,7 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
     "esm": {"config": {"vocab_size": 100, "pad_token_id": 1, "mask_token_id": 32}},
     "deepseek_v2": {"config": {"num_experts_per_tok": 2, "first_k_dense_replace": 1}},
     "nemotron": {"config": {"num_key_value_heads": 1}},
-    "dbrx": {"config": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0}, "ffn_config": {
+    "dbrx": {"config": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {
         "hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}},
     "ernie4_5_moe": {"config": {"moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1}},
     "lfm2_moe": {"config": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
@@ -59,6 +59,8 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
             "vision_config.projector_output_dim": 32,
         },
     },
+    "longcat_flash": {"config": {"head_dim": 8}},
+    "dots1": {"config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}},
     "decision_transformer": {"main": "states", "inputs": _decided},
     "reformer": {
         "config": {

@@ -8,6 +8,18 @@ import torch
 
 _MIXED: dict[str, Any] = {"num_hidden_layers": 4, "use_mamba_kernels": False}
 _MIXED_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+_FEW_CODES: dict[str, Any] = {
+    "upsample_groups": 32,
+    "codebook_dim": 32,
+    "vector_quantization_hidden_dimension": 32,
+}
+_FEW_SOUNDS: dict[str, Any] = {
+    "dac_config.downsampling_ratios": [2, 4],
+    "dac_config.encoder_hidden_size": 8,
+    "dac_config.hidden_size": 32,
+    "dac_config.hop_length": 8,
+    "dac_config.codebook_dim": 8,
+}
 
 
 def _sound(samples: int = 1600) -> dict[str, Any]:
@@ -36,8 +48,22 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
         "inputs": lambda _: {"past_values": [torch.randn(16), torch.randn(16)]},
     },
     "xcodec": {"config": {"codebook_dim": 288}, **_sound(3200)},
-    "mimi": {"config": {"upsample_groups": 32}, **_sound(1920)},
-    "vibevoice_acoustic_tokenizer": _sound(),
+    "mimi": {"config": _FEW_CODES, **_sound(1920)},
+    "vibevoice_acoustic_tokenizer": {
+        "config": {"downsampling_ratios": [2, 2, 4], "depths": [1, 1, 1, 1], "num_filters": 4},
+        **_sound(320),
+    },
+    "glmasr_encoder": {"mel": (128, 32)},
+    "voxtral_realtime_encoder": {"mel": (128, 64)},
+    "voxtral_realtime_text": {"inputs": lambda config: {"t_cond": torch.randn(1, config.hidden_size)}},
+    "granite_speech5_encoder": {"mel": (64, 320)},
+    "granite_speech5_ctc": {"mel": (64, 320)},
+    "pe_audio_encoder": {"config": _FEW_SOUNDS, **_sound(256)},
+    "pe_audio": {
+        "config": {f"audio_config.{name}": value for name, value in _FEW_SOUNDS.items()},
+        **_sound(256),
+        "also": ("input_ids",),
+    },
     "vibevoice_acoustic_tokenizer_encoder": {
         "config": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},
         "inputs": lambda _: {"hidden_states": torch.randn(2, 1, 64)},
@@ -65,7 +91,8 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     "musicgen": {
         "head": "MusicgenForConditionalGeneration",
         "inputs": lambda config: {
-            "decoder_input_ids": torch.randint(3, 100, (2 * config.decoder.num_codebooks, 6))
+            "input_ids": torch.randint(3, 100, (2, 9)),
+            "decoder_input_ids": torch.randint(3, 100, (2 * config.decoder.num_codebooks, 6)),
         },
     },
     "perceiver": {

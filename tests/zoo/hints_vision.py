@@ -78,6 +78,28 @@ _RT_DETR: dict[str, Any] = {
     },
 }
 
+_LCNET: dict[str, Any] = {
+    "stem_channels": [3, 16, 16],
+    "block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 16, 1, False]],
+        [[3, 16, 32, [2, 1], False]],
+        [[3, 32, 32, [2, 1], False]],
+    ],
+    "depths": [1, 1, 1, 1],
+    "stage_out_channels": [16, 16, 32, 32],
+    "out_features": _STAGES,
+    "out_indices": [1, 2, 3, 4],
+}
+_UVDOC: dict[str, Any] = {
+    "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4", "stage5", "stage6"],
+    "backbone_config.out_indices": [1, 2, 3, 4, 5, 6],
+}
+_TIMM: dict[str, Any] = {
+    "architecture": "vit_pe_core_tiny_patch16_384",
+    "model_args": {"img_size": _SIDE, "depth": 2, "embed_dim": 32, "num_heads": 2},
+}
+
 VISION_HINTS: dict[str, dict[str, Any]] = {
     "sam": _SAM,
     "sam_hq": _SAM,
@@ -114,10 +136,32 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     "rf_detr": _backed(image_size=_SIDE, patch_size=8, num_windows=2, num_register_tokens=0),
     "lw_detr": _backed(image_size=_SIDE, window_block_indices=[1]),
     "tvp": {
-        "image": 64,
-        "frames": (2,),
-        "also": ("pixel_values",),
         "config": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "max_position_embeddings": 64},
+        "inputs": lambda _: {
+            "input_ids": torch.randint(3, 100, (1, 9)),
+            "pixel_values": torch.randn(1, 2, 3, 64, 64),
+            "attention_mask": torch.ones(1, 9, dtype=torch.long),
+        },
+    },
+    "donut-swin": {"config": {"window_size": 2, "num_heads": [2, 2, 2, 2], "embed_dim": 16}},
+    "videoprism": {"config": {"vision_config.num_frames": 2, "vision_config.tubelet_size": [1, 8, 8]}},
+    "pp_ocrv6_small_det": {
+        "image": _SIDE,
+        "config": {**_part("backbone_config", _LCNET), "layer_list_out_channels": [16, 16, 32, 32]},
+    },
+    "pp_ocrv6_small_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
+    "pp_ocrv6_tiny_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
+    "pp_ocrv5_mobile_rec": {"image": (3, 48, 64)},
+    "uvdoc": {"image": _SIDE, "config": _UVDOC},
+    "pe_video_encoder": {"image": _SIDE, "frames": (), "config": _part("vision_config", _TIMM)},
+    "pe_video": {
+        "image": _SIDE,
+        "config": _part("video_config", _part("vision_config", _TIMM)),
+    },
+    "perception_lm": {
+        "image": _SIDE,
+        "frames": (1,),
+        "config": {"image_token_id": 99, **_part("vision_config", _TIMM)},
     },
     "timm_backbone": {"image": _SIDE, "config": {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}},
     "efficientnet": {"image": _SIDE, "config": _FEW_FILTERS},
