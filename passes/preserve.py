@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,15 +33,10 @@ def preserved(model: nn.Module) -> Generator[None]:
         moving = [*model.buffers(), *written_parameters(model)]
         values = [(tensor, tensor.detach().clone()) for tensor in moving if _has_values(tensor)]
     modes = [(module, module.training) for module in modules]
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
-        with attributes_kept(model):
+        with random_states_kept(), attributes_kept(model):
             yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
         for module, training in modes:
             module.training = training
         for module, held in registers:
@@ -52,6 +49,25 @@ def preserved(model: nn.Module) -> Generator[None]:
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+@contextmanager
+def random_states_kept() -> Generator[None]:
+    """Afterwards torch, NumPy and Python draw the numbers that they would have drawn.
+
+    Speech models choose what they mask in training with NumPy: two runs are the same only from one state
+    of all three.
+    """
+    cpu, array, plain = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        np.random.set_state(array)
+        random.setstate(plain)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

@@ -77,6 +77,40 @@ def test_a_write_to_the_effective_weight_raises(what: str, name: str) -> None:
     assert torch.equal(run(model, IDS), wanted)
 
 
+class Bounded(nn.Module):
+    """Keeps its own weight within bounds while it is trained, as Gemma 3n does."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.mix, self.bound = nn.Linear(6, 6), bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mix.weight.data.clamp_(-self.bound, self.bound)
+        return self.mix(x)
+
+
+def test_a_clamp_to_bounds_that_the_weight_is_within_is_no_write() -> None:
+    model, x = Bounded(100.0).eval(), torch.randn(3, 6)
+    base = model.mix.weight.detach().clone()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    assert lora_fx.verify(model, x).ok
+    model.train()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in lora_fx.parameters(model))
+    lora_fx.unload(model)
+    assert torch.equal(model.mix.weight, base)
+
+
+@pytest.mark.parametrize("bound", [0.01, float("nan")])
+def test_a_clamp_that_moves_the_weight_raises(bound: float) -> None:
+    model, x = Bounded(bound).eval(), torch.randn(3, 6)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    model.train()
+    with pytest.raises(lora_fx.WeightWriteError, match=r"clamp_.*W0"):
+        model(x)
+
+
 def test_a_write_to_its_array_raises() -> None:
     model = injected()
     for array in (model.head.weight.detach().numpy(), model.body.weight.detach().__array__()):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,3 +210,32 @@ def test_a_base_without_digits_is_not_said_to_hold() -> None:
     assert any("no comparison can hold to less" in note for note in report.notes)
     with pytest.raises(lora_fx.VerifyError, match="moves the base itself"):
         report.raise_for_failure()
+
+
+class Masked(nn.Module):
+    """Drops features in training, chosen as speech models do: with a generator that is not torch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw, self.inner, self.outer = draw, nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        if self.training:
+            kept = torch.tensor([self.draw() < 0.5 for _ in range(hidden.shape[-1])])
+            hidden = hidden * kept
+        return self.outer(hidden)
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random], ids=["NumPy", "Python"])
+def test_numbers_that_others_than_torch_draw(draw: Callable[[], float]) -> None:
+    model, x = Masked(draw).train(), torch.randn(3, 6)
+    np.random.seed(3)
+    random.seed(3)
+    expected = [np.random.rand(), random.random()]
+    np.random.seed(3)
+    random.seed(3)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    report = lora_fx.verify(model, x)
+    assert report.ok, report
+    assert [np.random.rand(), random.random()] == expected

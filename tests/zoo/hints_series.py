@@ -9,6 +9,7 @@ import torch
 _MIXED: dict[str, Any] = {"num_hidden_layers": 4, "use_mamba_kernels": False}
 _MIXED_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _FEW_CODES: dict[str, Any] = {
+    "num_filters": 4,
     "upsample_groups": 32,
     "codebook_dim": 32,
     "vector_quantization_hidden_dimension": 32,
@@ -90,6 +91,7 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"config": {"text_config.dropout_rate": 0.0}},
     "musicgen": {
         "head": "MusicgenForConditionalGeneration",
+        "config": {"audio_encoder.num_filters": 4},
         "inputs": lambda config: {
             "input_ids": torch.randint(3, 100, (2, 9)),
             "decoder_input_ids": torch.randint(3, 100, (2 * config.decoder.num_codebooks, 6)),

@@ -59,7 +59,7 @@ def _part(part: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {f"{part}.{name}": value for name, value in fields.items()}
 
 
-_FEW_FILTERS: dict[str, Any] = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64}
+_FEW_FILTERS: dict[str, Any] = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64, "initializer_range": 0.3}
 
 
 def _backed(**backbone: Any) -> dict[str, Any]:
