@@ -64,7 +64,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> Built:
-    """Build one model of the zoo, on the CPU, in eval mode."""
+    """Build one model of the zoo, on the CPU, in eval mode but for those that learn in train mode alone."""
     torch.manual_seed(0)
     library, _, rest = name.partition("/")
     builders = {
@@ -74,7 +74,8 @@ def build(name: str) -> Built:
         "transformers": _transformers,
     }
     model, inputs = builders[library](rest)
-    return awake(model.eval(), inputs).eval(), inputs
+    training = library == "transformers" and HINTS.get(rest, {}).get("train", False)
+    return awake(model.eval(), inputs).train(training), inputs
 
 
 def awake(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:

@@ -63,6 +63,7 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
     "dots1": {"config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}},
     "decision_transformer": {"main": "states", "inputs": _decided},
     "reformer": {
+        "train": True,  # its own backward refuses eval mode; nothing in it drops here
         "config": {
             "axial_pos_shape": [4, 4],
             "axial_pos_embds_dim": [16, 16],
@@ -78,9 +79,7 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
             "local_attention_probs_dropout_prob": 0.0,
             "lsh_attention_probs_dropout_prob": 0.0,
         },
-        "inputs": lambda _: {
-            "input_ids": torch.randint(3, 100, (2, 16)),
-            "attention_mask": torch.ones(2, 16, dtype=torch.long),
-        },
+        "mask": False,
+        "inputs": lambda _: {"input_ids": torch.randint(3, 100, (2, 16))},
     },
 }
