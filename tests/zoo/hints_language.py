@@ -61,6 +61,22 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {"config": {"head_dim": 8}},
     "dots1": {"config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}},
+    "gemma3n": {
+        "config": {
+            **{f"text_config.{name}": value for name, value in _NESTED.items()},
+            "vision_config.architecture": "mobilenetv3_small_050",
+        }
+    },
+    "glm5_next_text": {"config": {"index_kpool": 1}},
+    "glm5_next": {"config": {"text_config.index_kpool": 1}},
+    "step3p7": {"config": {"text_config.sliding_window": 8}},
+    "diffusion_gemma": {
+        "config": {
+            "text_config.num_experts": 4,
+            "text_config.top_k_experts": 2,
+            "text_config.moe_intermediate_size": 24,
+        }
+    },
     "decision_transformer": {"main": "states", "inputs": _decided},
     "reformer": {
         "train": True,  # its own backward refuses eval mode; nothing in it drops here

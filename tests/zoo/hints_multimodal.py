@@ -100,6 +100,40 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
             "input_features_mask": torch.ones(2, 100, dtype=torch.long),
         },
     },
+    "paddleocr_vl": {
+        "config": {**_LOOKS, "vision_config.image_size": 56},
+        "inputs": lambda config: {
+            **_looked()(config),
+            "pixel_values": torch.randn(2 * GRID * GRID, 3, 14, 14),
+        },
+    },
+    "gemma4_vision": {
+        "config": {"position_embedding_size": 16, "pooling_kernel_size": 2},
+        "inputs": lambda config: {
+            "pixel_values": torch.rand(2, GRID * GRID, 3 * config.patch_size**2),
+            "pixel_position_ids": torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).repeat(2, 1, 1),
+        },
+    },
+    "pi0": {
+        "config": {
+            "chunk_size": 4,
+            "max_state_dim": 8,
+            "max_action_dim": 8,
+            "vlm_config.image_token_id": IMAGE,
+            "vlm_config.image_token_index": IMAGE,
+            "vlm_config.vision_config.patch_size": 8,
+            "vlm_config.text_config.head_dim": 16,
+            "dit_config.head_dim": 16,
+        },
+        "inputs": lambda config: {
+            **worded((IMAGE, 16)),
+            "pixel_values": torch.randn(2, 1, 3, 32, 32),
+            "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+            "state": torch.randn(2, config.max_state_dim),
+            "noise": torch.randn(2, config.chunk_size, config.max_action_dim),
+            "timestep": torch.rand(2),
+        },
+    },
     "idefics": {
         "config": {"alpha_initializer": "ones"},
         "frames": (2,),

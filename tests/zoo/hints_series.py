@@ -50,6 +50,30 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     },
     "xcodec": {"config": {"codebook_dim": 288}, **_sound(3200)},
     "mimi": {"config": _FEW_CODES, **_sound(1920)},
+    "mimi_decoder": {"config": _FEW_CODES},
+    "csm": {"config": {f"codec_config.{name}": value for name, value in _FEW_CODES.items()}},
+    "kyutai_speech_to_text": {
+        "config": {f"codec_config.{name}": value for name, value in _FEW_CODES.items()}
+    },
+    "pocket_tts_audio_tokenizer": {"config": {"upsample_groups": 32, "num_filters": 4}, **_sound(1920)},
+    "audioflamingo3_encoder": {
+        "mel": (128, 256),
+        "inputs": lambda _: {"input_features_mask": torch.ones(2, 256, dtype=torch.long)},
+    },
+    "moonshine_streaming": {"config": {"num_key_value_heads": 2}},
+    "musicgen_melody": {
+        "head": "MusicgenMelodyForConditionalGeneration",
+        "config": {"audio_encoder.num_filters": 4},
+        "inputs": lambda config: {
+            "input_ids": torch.randint(3, 100, (2, 9)),
+            "decoder_input_ids": torch.randint(3, 100, (2 * config.decoder.num_codebooks, 6)),
+            "input_features": torch.randn(2, 5, config.num_chroma),
+        },
+    },
+    "clvp": {"inputs": lambda _: {"input_features": torch.randn(2, 80, 32)}},
+    "fastspeech2_conformer_with_hifigan": {
+        "inputs": lambda _: {"input_ids": torch.randint(3, 70, (2, 9))}
+    },
     "vibevoice_acoustic_tokenizer": {
         "config": {"downsampling_ratios": [2, 2, 4], "depths": [1, 1, 1, 1], "num_filters": 4},
         **_sound(320),

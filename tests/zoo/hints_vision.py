@@ -64,11 +64,20 @@ _FEW_FILTERS: dict[str, Any] = {"width_coefficient": 0.05, "depth_coefficient": 
 
 def _backed(**backbone: Any) -> dict[str, Any]:
     """Return four stages of a backbone, all of which are looked at."""
-    stages = {"out_features": _STAGES, "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4, **backbone}
-    return {"image": _SIDE, "config": _part("backbone_config", stages)}
+    return {"image": _SIDE, "config": _part("backbone_config", {**_FOUR_STAGES, **backbone})}
 
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_FOUR_STAGES: dict[str, Any] = {
+    "out_features": _STAGES,
+    "out_indices": [1, 2, 3, 4],
+    "num_hidden_layers": 4,
+}
+_LAST_OF_TWO: dict[str, Any] = {"out_features": ["stage2"], "out_indices": [2]}
+_EDGE: dict[str, Any] = {
+    "backbone_config.architecture": "repvit_m1",
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
 _RT_DETR: dict[str, Any] = {
     "image": _SIDE,
     "config": {
@@ -91,6 +100,12 @@ _LCNET: dict[str, Any] = {
     "out_features": _STAGES,
     "out_indices": [1, 2, 3, 4],
 }
+_HALVED: list[list[list[Any]]] = [
+    [[3, 16, 16, 1, True]],
+    [[3, 16, 16, 2, False]],
+    [[3, 16, 32, 2, False]],
+    [[3, 32, 32, 2, False]],
+]
 _UVDOC: dict[str, Any] = {
     "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4", "stage5", "stage6"],
     "backbone_config.out_indices": [1, 2, 3, 4, 5, 6],
@@ -134,7 +149,29 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "rf_detr": _backed(image_size=_SIDE, patch_size=8, num_windows=2, num_register_tokens=0),
-    "lw_detr": _backed(image_size=_SIDE, window_block_indices=[1]),
+    "lw_detr": {
+        "image": _SIDE,
+        "config": {
+            **_part("backbone_config", {**_FOUR_STAGES, "image_size": _SIDE, "window_block_indices": [1]}),
+            "projector_scale_factors": [1.0],
+            "num_feature_levels": 1,
+        },
+    },
+    "depth_pro": {
+        "config": {
+            f"{part}_model_config.{name}": value
+            for part in ("image", "patch", "fov")
+            for name, value in _LAST_OF_TWO.items()
+        }
+    },
+    "tipsv2": {"config": _part("vision_config", _LAST_OF_TWO)},
+    "edgetam_vision_model": {"image": _SIDE, "config": _EDGE},
+    "edgetam": {
+        "image": _SIDE,
+        "config": {**_part("vision_config", _EDGE), "prompt_encoder_config.image_size": _SIDE},
+        "inputs": _pointed,
+    },
+    "lightglue": {"image": _SIDE, "frames": (2,), "config": {"num_key_value_heads": 2}},
     "tvp": {
         "config": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "max_position_embeddings": 64},
         "inputs": lambda _: {
@@ -146,12 +183,12 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     "donut-swin": {"config": {"window_size": 2, "num_heads": [2, 2, 2, 2], "embed_dim": 16}},
     "videoprism": {"config": {"vision_config.num_frames": 2, "vision_config.tubelet_size": [1, 8, 8]}},
     "pp_ocrv6_small_det": {
-        "image": _SIDE,
-        "config": {**_part("backbone_config", _LCNET), "layer_list_out_channels": [16, 16, 32, 32]},
+        "image": 128,
+        "config": {**_part("backbone_config", {**_LCNET, "block_configs": _HALVED}), "layer_list_out_channels": [16, 16, 32, 32]},
     },
     "pp_ocrv6_small_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
     "pp_ocrv6_tiny_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
-    "pp_ocrv5_mobile_rec": {"image": (3, 48, 64)},
+    "pp_ocrv5_mobile_rec": {"image": (3, 48, 160)},
     "uvdoc": {"image": _SIDE, "config": _UVDOC},
     "pe_video_encoder": {"image": _SIDE, "frames": (), "config": _part("vision_config", _TIMM)},
     "pe_video": {
