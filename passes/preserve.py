@@ -58,13 +58,14 @@ def random_states_kept() -> Generator[None]:
     Speech models choose what they mask in training with NumPy: two runs are the same only from one state
     of all three.
     """
-    cpu, array, plain = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cpu, plain = torch.get_rng_state(), random.getstate()
+    array = np.random.get_state()  # noqa: NPY002 - the global state is what models draw from
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        np.random.set_state(array)
+        np.random.set_state(array)  # noqa: NPY002 - as above
         random.setstate(plain)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)

@@ -30,8 +30,12 @@ LANGUAGE_HINTS: dict[str, dict[str, Any]] = {
     "esm": {"config": {"vocab_size": 100, "pad_token_id": 1, "mask_token_id": 32}},
     "deepseek_v2": {"config": {"num_experts_per_tok": 2, "first_k_dense_replace": 1}},
     "nemotron": {"config": {"num_key_value_heads": 1}},
-    "dbrx": {"config": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {
-        "hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}},
+    "dbrx": {
+        "config": {
+            "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        }
+    },
     "ernie4_5_moe": {"config": {"moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1}},
     "lfm2_moe": {"config": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
     "nemotron_h": {

@@ -111,7 +111,9 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
         "config": {"position_embedding_size": 16, "pooling_kernel_size": 2},
         "inputs": lambda config: {
             "pixel_values": torch.rand(2, GRID * GRID, 3 * config.patch_size**2),
-            "pixel_position_ids": torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).repeat(2, 1, 1),
+            "pixel_position_ids": torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).repeat(
+                2, 1, 1
+            ),
         },
     },
     "pi0": {
@@ -152,8 +154,13 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
         },
         "also": ("pixel_values", "input_ids"),
     },
-    "chameleon": {"config": {"vocabulary_map": {"<image>": IMAGE}, "vq_config.resolution": 32,
-        "vq_config.channel_multiplier": [1, 1]}},
+    "chameleon": {
+        "config": {
+            "vocabulary_map": {"<image>": IMAGE},
+            "vq_config.resolution": 32,
+            "vq_config.channel_multiplier": [1, 1],
+        }
+    },
     "emu3": {"config": {"pad_token_id": 0, "vocabulary_map": {"<image>": IMAGE}}},
     "vision-text-dual-encoder": {
         "config": {"vision_config.pooler_output_size": 32},

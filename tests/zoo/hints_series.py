@@ -1,4 +1,4 @@
-"""What models of sounds, of series and of long texts need beside the general rules: ``hints.py``, continued."""
+"""What models of sounds and of series need beside the general rules: ``hints.py``, continued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ def _sound(samples: int = 1600) -> dict[str, Any]:
 
 
 SERIES_HINTS: dict[str, dict[str, Any]] = {
-    "zamba": {"config": {**_MIXED, "layers_block_type": _MIXED_LAYERS, "attention_hidden_size": 64, "attention_head_dim": 32}},
+    "zamba": {
+        "config": {
+            **_MIXED,
+            "layers_block_type": _MIXED_LAYERS,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 32,
+        }
+    },
     "zamba2": {
         "config": {
             **_MIXED,
@@ -50,10 +57,14 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     },
     "xcodec": {"config": {"codebook_dim": 288}, **_sound(3200)},
     "mimi": {"config": _FEW_CODES, **_sound(1920)},
-    "mimi_decoder": {"config": _FEW_CODES},
+    "mimi_decoder": {
+        "config": _FEW_CODES,
+        "inputs": lambda config: {"latents": torch.randn(2, config.hidden_size, 3)},
+    },
     "csm": {"config": {f"codec_config.{name}": value for name, value in _FEW_CODES.items()}},
     "kyutai_speech_to_text": {
-        "config": {f"codec_config.{name}": value for name, value in _FEW_CODES.items()}
+        "config": {f"codec_config.{name}": value for name, value in _FEW_CODES.items()},
+        "inputs": lambda config: {"input_ids": torch.randint(3, 100, (2, 9, config.num_codebooks + 1))},
     },
     "pocket_tts_audio_tokenizer": {"config": {"upsample_groups": 32, "num_filters": 4}, **_sound(1920)},
     "audioflamingo3_encoder": {
@@ -70,9 +81,13 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
             "input_features": torch.randn(2, 5, config.num_chroma),
         },
     },
-    "clvp": {"inputs": lambda _: {"input_features": torch.randn(2, 80, 32)}},
     "fastspeech2_conformer_with_hifigan": {
-        "inputs": lambda _: {"input_ids": torch.randint(3, 70, (2, 9))}
+        "config": {
+            "model_config.num_mel_bins": 32,
+            "vocoder_config.model_in_dim": 32,
+            "vocoder_config.upsample_initial_channel": 32,
+        },
+        "inputs": lambda _: {"input_ids": torch.randint(3, 70, (2, 9))},
     },
     "vibevoice_acoustic_tokenizer": {
         "config": {"downsampling_ratios": [2, 2, 4], "depths": [1, 1, 1, 1], "num_filters": 4},

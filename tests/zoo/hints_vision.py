@@ -59,7 +59,12 @@ def _part(part: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {f"{part}.{name}": value for name, value in fields.items()}
 
 
-_FEW_FILTERS: dict[str, Any] = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64, "initializer_range": 0.3}
+_FEW_FILTERS: dict[str, Any] = {
+    "width_coefficient": 0.05,
+    "depth_coefficient": 0.3,
+    "hidden_dim": 64,
+    "initializer_range": 0.3,
+}
 
 
 def _backed(**backbone: Any) -> dict[str, Any]:
@@ -158,11 +163,19 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
         },
     },
     "depth_pro": {
+        "image": _SIDE,
         "config": {
-            f"{part}_model_config.{name}": value
-            for part in ("image", "patch", "fov")
-            for name, value in _LAST_OF_TWO.items()
-        }
+            "patch_size": 16,
+            "fusion_hidden_size": 16,
+            "intermediate_hook_ids": [1, 0],
+            "intermediate_feature_dims": [16, 16],
+            "scaled_images_feature_dims": [16, 16, 16],
+            **{
+                f"{part}_model_config.{name}": value
+                for part in ("image", "patch", "fov")
+                for name, value in {**_LAST_OF_TWO, "image_size": 16, "patch_size": 4}.items()
+            },
+        },
     },
     "tipsv2": {"config": _part("vision_config", _LAST_OF_TWO)},
     "edgetam_vision_model": {"image": _SIDE, "config": _EDGE},
@@ -173,7 +186,12 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     },
     "lightglue": {"image": _SIDE, "frames": (2,), "config": {"num_key_value_heads": 2}},
     "tvp": {
-        "config": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "max_position_embeddings": 64},
+        "config": {
+            "max_img_size": 64,
+            "visual_prompt_size": 8,
+            "num_frames": 2,
+            "max_position_embeddings": 64,
+        },
         "inputs": lambda _: {
             "input_ids": torch.randint(3, 100, (1, 9)),
             "pixel_values": torch.randn(1, 2, 3, 64, 64),
@@ -184,11 +202,14 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
     "videoprism": {"config": {"vision_config.num_frames": 2, "vision_config.tubelet_size": [1, 8, 8]}},
     "pp_ocrv6_small_det": {
         "image": 128,
-        "config": {**_part("backbone_config", {**_LCNET, "block_configs": _HALVED}), "layer_list_out_channels": [16, 16, 32, 32]},
+        "config": {
+            **_part("backbone_config", {**_LCNET, "block_configs": _HALVED}),
+            "layer_list_out_channels": [16, 16, 32, 32],
+        },
     },
     "pp_ocrv6_small_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
     "pp_ocrv6_tiny_rec": {"image": (3, 48, 64), "config": _part("backbone_config", _LCNET)},
-    "pp_ocrv5_mobile_rec": {"image": (3, 48, 160)},
+    "pp_ocrv5_mobile_rec": {"image": (3, 96, 160)},
     "uvdoc": {"image": _SIDE, "config": _UVDOC},
     "pe_video_encoder": {"image": _SIDE, "frames": (), "config": _part("vision_config", _TIMM)},
     "pe_video": {
