@@ -107,6 +107,35 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
             "pixel_values": torch.randn(2 * GRID * GRID, 3, 14, 14),
         },
     },
+    "hunyuan_vl_text": {"config": {"rope_parameters": _ROPE}},
+    "hunyuan_vl": {"config": {"text_config.rope_parameters": _ROPE}},
+    "kimi_k25_vision": {
+        "config": {"pos_emb_height": 8, "pos_emb_width": 8},
+        "inputs": lambda config: {
+            "pixel_values": torch.randn(2 * GRID * GRID, 3, config.patch_size, config.patch_size),
+            "grid_thw": torch.tensor([[1, GRID, GRID]] * 2),
+        },
+    },
+    "muse_glimmer_vision": {
+        "config": {"pos_emb_height": 8, "pos_emb_width": 8},
+        "inputs": lambda config: {
+            "pixel_values": torch.randn(32, config.patch_temporal * 3 * config.patch_size**2),
+            "grid_thw": torch.tensor([[1, GRID, GRID]] * 2),
+        },
+    },
+    "voxtral_realtime": {
+        "inputs": lambda config: {
+            "input_ids": torch.randint(3, 90, (2, 8)),
+            "input_features": torch.randn(2, config.audio_config.num_mel_bins, 64),
+        }
+    },
+    "ernie4_5_vl_moe": {
+        "config": {
+            "image_token_id": IMAGE,
+            "text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
+        },
+        "inputs": _looked(),
+    },
     "gemma4_vision": {
         "config": {"position_embedding_size": 16, "pooling_kernel_size": 2},
         "inputs": lambda config: {

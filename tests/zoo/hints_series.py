@@ -14,6 +14,7 @@ _FEW_CODES: dict[str, Any] = {
     "codebook_dim": 32,
     "vector_quantization_hidden_dimension": 32,
 }
+_LITTLE_AHEAD: dict[str, Any] = {"sliding_window": 6, "default_num_lookahead_tokens": 1}
 _FEW_SOUNDS: dict[str, Any] = {
     "dac_config.downsampling_ratios": [2, 4],
     "dac_config.encoder_hidden_size": 8,
@@ -96,6 +97,13 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     "glmasr_encoder": {"mel": (128, 32)},
     "voxtral_realtime_encoder": {"mel": (128, 64)},
     "voxtral_realtime_text": {"inputs": lambda config: {"t_cond": torch.randn(1, config.hidden_size)}},
+    "nemotron_asr_streaming_encoder": {"config": _LITTLE_AHEAD},
+    "nemotron_asr_streaming": {
+        "config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}
+    },
+    "nemotron3_5_asr": {
+        "config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}
+    },
     "granite_speech5_encoder": {"mel": (64, 320)},
     "granite_speech5_ctc": {"mel": (64, 320)},
     "pe_audio_encoder": {"config": _FEW_SOUNDS, **_sound(256)},
