@@ -133,6 +133,7 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
         "config": {
             "image_token_id": IMAGE,
             "text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
+            "text_config.moe_k": 2,
         },
         "inputs": _looked(),
     },
