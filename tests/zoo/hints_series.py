@@ -101,9 +101,7 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
     "nemotron_asr_streaming": {
         "config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}
     },
-    "nemotron3_5_asr": {
-        "config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}
-    },
+    "nemotron3_5_asr": {"config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}},
     "granite_speech5_encoder": {"mel": (64, 320)},
     "granite_speech5_ctc": {"mel": (64, 320)},
     "pe_audio_encoder": {"config": _FEW_SOUNDS, **_sound(256)},
