@@ -83,7 +83,6 @@ HINTS: dict[str, dict[str, Any]] = {
     **MULTIMODAL_HINTS,
     "swin": {"config": {"window_size": 2, "image_size": 64}},
     "swinv2": {"config": {"window_size": 2}},
-    "donut-swin": {"config": {"window_size": 2}},
     "codegen": {"config": {"n_head": 4, "rotary_dim": 4}},
     "gptj": {"config": {"rotary_dim": 8}},
     "audio-spectrogram-transformer": {

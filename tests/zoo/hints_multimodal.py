@@ -116,6 +116,19 @@ MULTIMODAL_HINTS: dict[str, dict[str, Any]] = {
             "grid_thw": torch.tensor([[1, GRID, GRID]] * 2),
         },
     },
+    "minicpmv4_7_vision": {
+        "config": {"image_size": 56},
+        "inputs": lambda config: {
+            "pixel_values": torch.randn(1, 3, config.patch_size, 2 * GRID * GRID * config.patch_size),
+            "target_sizes": torch.tensor([[GRID, GRID]] * 2),
+        },
+    },
+    "muse_spark_vision": {
+        "inputs": lambda _: {
+            "pixel_values": torch.randn(32, 1176),
+            "grid_thw": torch.tensor([[1, GRID, GRID]] * 2),
+        },
+    },
     "muse_glimmer_vision": {
         "config": {"pos_emb_height": 8, "pos_emb_width": 8},
         "inputs": lambda config: {

@@ -102,6 +102,7 @@ SERIES_HINTS: dict[str, dict[str, Any]] = {
         "config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}
     },
     "nemotron3_5_asr": {"config": {f"encoder_config.{name}": value for name, value in _LITTLE_AHEAD.items()}},
+    "gemma4_audio": {"config": {"subsampling_conv_channels": [80, 32]}},
     "granite_speech5_encoder": {"mel": (64, 320)},
     "granite_speech5_ctc": {"mel": (64, 320)},
     "pe_audio_encoder": {"config": _FEW_SOUNDS, **_sound(256)},

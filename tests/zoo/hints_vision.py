@@ -198,7 +198,16 @@ VISION_HINTS: dict[str, dict[str, Any]] = {
             "attention_mask": torch.ones(1, 9, dtype=torch.long),
         },
     },
-    "donut-swin": {"config": {"window_size": 2, "num_heads": [2, 2, 2, 2], "embed_dim": 16}},
+    "donut-swin": {
+        "image": 32,
+        "config": {
+            "window_size": 2,
+            "image_size": 32,
+            "num_heads": [2, 2],
+            "depths": [1, 1],
+            "embed_dim": 16,
+        },
+    },
     "videoprism": {"config": {"vision_config.num_frames": 2, "vision_config.tubelet_size": [1, 8, 8]}},
     "pp_ocrv6_small_det": {
         "image": 128,
