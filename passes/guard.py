@@ -45,10 +45,10 @@ class _ReadOnlyTypedStorage(torch.TypedStorage):
 
     fill_ = copy_ = resize_ = __setitem__ = _refuse
 
-    def _new_wrapped_storage(self, memory: torch.UntypedStorage) -> Any:
+    def _new_wrapped_storage(self, untyped_storage: torch.UntypedStorage) -> Any:
         """Give copies their own class back: they are nobody's weight."""
         plain: Any = torch.TypedStorage
-        return plain(wrap_storage=memory, dtype=self.dtype, _internal=True)
+        return plain(wrap_storage=untyped_storage, dtype=self.dtype, _internal=True)
 
 
 _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
