@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.matrix import Rows
 from lora_fx.plans import Action, Decision, Extra, Form, Plan, numel
+from lora_fx.rules import Compute
 from lora_fx.tables import as_text, audit_table, ranks_text
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class AuditRow:
     rank_text: str = ""
     form: Form | None = None
     form_reason: str = ""
+    compute: Compute = "auto"
+    expected: str = ""
+    expected_reason: str = ""
     scale: float | None = None
     parameters: int = 0
     delta: float | None = None
@@ -126,6 +130,9 @@ def _row(decision: Decision, deltas: Mapping[str, float]) -> AuditRow:
         rank_text=ranks_text(decision),
         form=decision.form,
         form_reason=decision.form_reason,
+        compute=decision.compute,
+        expected=decision.expected,
+        expected_reason=decision.expected_reason,
         scale=decision.scale if adapted else None,
         parameters=0 if decision.action == "skip" else decision.parameters,
         delta=measured[0] if measured else None,

@@ -13,6 +13,7 @@ from lora_fx.diffs import refuse_misfit
 from lora_fx.errors import PolicyError
 from lora_fx.fingerprints import dtype_name
 from lora_fx.passes.examples import own_examples
+from lora_fx.passes.expect import expect
 from lora_fx.passes.fold import base_only
 from lora_fx.passes.match import match
 from lora_fx.passes.norms import running_statistics
@@ -107,6 +108,8 @@ def plan_of(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, T
         owners=classes,
     )
     decided = replace(decided, extras=_distinct(decided.extras, shared))
+    if traced is not None:
+        decided = expect(decided, traced)
     moves = None if traced is None else unsaved(model, traced.graph)
     if moves is not None:
         decided = replace(decided, notes=(*decided.notes, moves))

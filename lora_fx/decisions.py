@@ -91,6 +91,7 @@ def _adapt(site: Site, facts: Site, claims: Sequence[Claim], rule_text: str | No
         dropout=rule.dropout,
         dora=rule.dora,
         init=rule.init,
+        compute=rule.compute,
     )
 
 
@@ -108,6 +109,15 @@ def _part(site: Site, claim: Claim, rule: Rule) -> tuple[Part, str]:
 
 def _form(facts: Site, rule: Rule) -> tuple[Form, str]:
     """Choose how the adapter is computed: a branch where every use is proven to allow it."""
+    form, why = _form_of_uses(facts, rule)
+    if rule.compute != "weight":
+        return form, why
+    asked = "compute='weight' asks for it"
+    idle = form == "weight" and (rule.dora or facts.uses)
+    return "weight", f"{asked}, and changes nothing: {why}" if idle else asked
+
+
+def _form_of_uses(facts: Site, rule: Rule) -> tuple[Form, str]:
     whys = dict.fromkeys(use.why for use in facts.uses if use.why)
     if rule.dora:
         return "weight", "DoRA scales whole rows, and no branch for it exists"
@@ -142,7 +152,7 @@ def _join(*texts: str) -> str:
 def _refuse_mixture(site: Site, rules: Sequence[Rule]) -> None:
     """Refuse rules that meet in one fused weight and disagree on what it has only one of."""
     for other in rules[1:]:
-        for option in ("scale", "dropout", "dora", "init"):
+        for option in ("scale", "dropout", "dora", "init", "compute"):
             ours, theirs = getattr(rules[0], option), getattr(other, option)
             if ours != theirs:
                 raise PolicyError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHOWN = 8
 _BESIDE_DECISIONS: Mapping[str, str] = {
     "reason": "rule", "rank": "", "rows": "all", "form": "", "scale": "1",
-    "dropout": "0", "dora": "False", "init": "kaiming",
+    "dropout": "0", "dora": "False", "init": "kaiming", "compute": "auto",
 }  # fmt: skip
 """What is said beside a decision, with what is usual and need not be shown."""
 
@@ -140,6 +140,7 @@ def _facts(decision: Decision) -> dict[str, str]:
         "dropout": f"{decision.dropout:g}",
         "dora": str(decision.dora),
         "init": decision.init,
+        "compute": decision.compute,
     }
 
 

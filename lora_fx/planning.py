@@ -47,8 +47,8 @@ def make_plan(
 
     Raises:
         PolicyError: a rule needs a recorded run and there is none, matches nothing, asks for dropout
-            where an adapter is computed as an effective weight, two rules meet in one weight with
-            different scales, or the budget leaves nothing.
+            or a branch where an adapter is computed as an effective weight, two rules meet in one
+            weight with different scales, or the budget leaves nothing.
     """
     if not traced:
         refuse_dataflow(policy)
@@ -59,6 +59,7 @@ def make_plan(
     extras = bias_extras(policy.bias, decisions, parameters, trained)
     notes = check_rules(policy, list(facts.values()), claims, by_rule, list(parameters), decisions)
     _refuse_dropout(decisions)
+    _refuse_branch(decisions, traced=traced)
     if policy.budget is not None:
         budget = parse_budget(policy.budget)
         decisions, arithmetic = _fit(decisions, extras, budget, base_parameters)
@@ -106,6 +107,21 @@ def _refuse_dropout(decisions: Sequence[Decision]) -> None:
             got=f"dropout={first.dropout:g} where the adapter takes the {first.form} form "
             f"({first.form_reason})",
             advice=f"Put Rule(name={first.name!r}, ...) without dropout before {first.rule}, or drop it.",
+        )
+
+
+def _refuse_branch(decisions: Sequence[Decision], *, traced: bool) -> None:
+    bad = [d for d in decisions if d.compute == "branch" and d.form in ("weight", "mixed")]
+    if bad:
+        first = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise PolicyError(
+            f"{first.name}{more}",
+            expected="a branch at every use, as compute='branch' asks",
+            got=f"the {first.form} form ({first.form_reason})",
+            advice=f"Put Rule(name={first.name!r}, ...) without compute before {first.rule}, or drop it."
+            if traced
+            else "Pass example_inputs.",
         )
 
 

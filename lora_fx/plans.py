@@ -16,6 +16,7 @@ from lora_fx.diffs import PlanDiff, diff_plans
 from lora_fx.errors import NoPlanFileError, PlanError
 from lora_fx.files import atomic_write
 from lora_fx.matrix import Rows, row_count
+from lora_fx.rules import Compute
 from lora_fx.sites import Site, rows_from_json
 from lora_fx.tables import as_text, plan_table
 
@@ -62,7 +63,9 @@ class Decision:
     """What is done with one site, and why.
 
     ``rule`` is the text of the rule that decided; ``detail`` completes ``reason`` in words; ``form``
-    and ``form_reason`` say how an adapter is computed. ``scale`` multiplies ``B @ A``.
+    and ``form_reason`` say how an adapter is computed. ``scale`` multiplies ``B @ A``. ``compute`` is what
+    the rule asks of it; ``expected`` and ``expected_reason`` say what the cost model expects at the sizes
+    of the recorded run (``kinds/expected.py`` has the words), "" where there was none.
     """
 
     site: Site
@@ -78,6 +81,9 @@ class Decision:
     dropout: float = 0.0
     dora: bool = False
     init: str = "kaiming"
+    compute: Compute = "auto"
+    expected: str = ""
+    expected_reason: str = ""
 
     @property
     def name(self) -> str:

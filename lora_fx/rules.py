@@ -16,6 +16,8 @@ from lora_fx.sites import ROLES, Site
 
 Names = str | tuple[str, ...] | None
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+Compute = Literal["auto", "branch", "weight"]
+COMPUTES = ("auto", "branch", "weight")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PEFT_TERMS = {
     "r": "rank",
@@ -183,10 +185,12 @@ class Rule(Filters):
 
     ``scale`` is ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``, Kalajdzievski 2023);
     ``alpha`` is by default the rank. ``dropout`` acts on the branch's input; ``dora`` trains the
-    rows' magnitudes too (Liu et al. 2024); ``init`` says how A and B start.
+    rows' magnitudes too (Liu et al. 2024); ``init`` says how A and B start. ``compute`` says how the
+    adapter is computed: ``"branch"`` adds thin products, ``"weight"`` reads ``W``, and ``"auto"`` takes a
+    branch where every use allows it, in which ``W`` is formed where a cost model says that this is cheaper.
 
     Raises:
-        PolicyError: a rank below 1, a dropout outside [0, 1), an unknown initialisation.
+        PolicyError: a rank below 1, a dropout outside [0, 1), an unknown initialisation or computation.
     """
 
     _: KW_ONLY
@@ -196,6 +200,7 @@ class Rule(Filters):
     rslora: bool = False
     dora: bool = False
     init: Init = "kaiming"
+    compute: Compute = "auto"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -212,6 +217,8 @@ class Rule(Filters):
             raise bad_value("dropout", "a number in [0, 1)", dropout)
         if self.init not in INITS:
             raise bad_value("init", " or ".join(INITS), self.init)
+        if self.compute not in COMPUTES:
+            raise bad_value("compute", " or ".join(COMPUTES), self.compute)
         for switch in ("rslora", "dora"):
             if not isinstance(getattr(self, switch), bool):
                 raise bad_value(switch, "true or false", getattr(self, switch))

@@ -41,6 +41,7 @@ def plan_table(plan: Plan) -> Group:
     rules = _numbered(d.rule for d in plan.decisions)
     groups = _grouped(plan.decisions)
     reasons = _shared_reasons([group[0] for group in groups])
+    expected = _expectations([group[0] for group in groups])
     for group in groups:
         first = group[0]
         table.add_row(
@@ -52,7 +53,7 @@ def plan_table(plan: Plan) -> Group:
             first.action,
             ranks_text(first),
             f"{sum(d.parameters for d in group):,}" if first.action != "skip" else "",
-            first.form or "",
+            form_text(first, expected),
             why_text(first, rules, reasons),
             style=_STYLE[first.action],
         )
@@ -61,7 +62,7 @@ def plan_table(plan: Plan) -> Group:
     )
     trained = trained_text(plan.parameters, plan.base_parameters)
     lines = [
-        *_legend(rules, reasons),
+        *_legend(rules, reasons, expected),
         *(f"also trained: {extra.name} ({shape_text(extra.shape)}), {extra.detail}" for extra in plan.extras),
         f"{counts}; {trained}, {bytes_text(plan.adapter_bytes)}",
         *(f"note: {note}" for note in plan.notes),
@@ -77,6 +78,7 @@ def audit_table(audit: Audit) -> Group:
     rules = _numbered(row.rule for row in audit.rows)
     groups = _gathered(audit.rows, _row_key)
     reasons = _shared_reasons([group[0] for group in groups])
+    expected = _expectations([group[0] for group in groups])
     for group in groups:
         row, trained = group[0], sum(r.parameters for r in group)
         table.add_row(
@@ -88,7 +90,7 @@ def audit_table(audit: Audit) -> Group:
             row.action,
             row.rank_text,
             f"{trained:,}" if trained else "",
-            row.form or "",
+            form_text(row, expected),
             _deltas_text([r.delta for r in group if r.delta is not None]),
             why_text(row, rules, reasons),
             style=_STYLE[row.action],
@@ -102,7 +104,7 @@ def audit_table(audit: Audit) -> Group:
     )
     share = trained_text(totals.parameters, totals.base_parameters)
     sizes = f"branch share {totals.branch_share:.0%}; {share}, {bytes_text(totals.adapter_bytes)}"
-    lines = [*_legend(rules, reasons), counts, sizes, *(f"note: {note}" for note in audit.notes)]
+    lines = [*_legend(rules, reasons, expected), counts, sizes, *(f"note: {note}" for note in audit.notes)]
     return Group(_title(f"Audit of {audit.source}", audit.model, audit.examples), table, *map(Text, lines))
 
 
@@ -123,10 +125,29 @@ def _shared_reasons(lines: Sequence[Decision | AuditRow]) -> dict[str, int]:
     return _numbered(reason for reason, count in counts.items() if count > 1)
 
 
-def _legend(rules: Mapping[str, int], reasons: Mapping[str, int]) -> list[str]:
-    return [f"[{number}] {rule}" for rule, number in rules.items()] + [
-        f"[f{number}] {reason}" for reason, number in reasons.items()
+def _expectations(lines: Sequence[Decision | AuditRow]) -> dict[str, int]:
+    """Number what the cost model expects of the adapted weights."""
+    return _numbered(_told(line) for line in lines if line.expected)
+
+
+def _told(line: Decision | AuditRow) -> str:
+    return f"{line.expected}: {line.expected_reason}"
+
+
+def _legend(
+    rules: Mapping[str, int], reasons: Mapping[str, int], expected: Mapping[str, int]
+) -> list[str]:
+    return [
+        *(f"[{number}] {rule}" for rule, number in rules.items()),
+        *(f"[f{number}] {reason}" for reason, number in reasons.items()),
+        *(f"[c{number}] {told}" for told, number in expected.items()),
     ]
+
+
+def form_text(line: Decision | AuditRow, expected: Mapping[str, int]) -> str:
+    """Return the form, and the number of what the cost model expects of it."""
+    number = expected.get(_told(line)) if line.expected else None
+    return (line.form or "") if number is None else f"{line.form} [c{number}]"
 
 
 def why_text(decided: Decision | AuditRow, rules: Mapping[str, int], reasons: Mapping[str, int]) -> str:
@@ -201,6 +222,7 @@ def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]
     groups: dict[tuple[object, ...], list[_Line]] = {}
     for line in lines:
         told = (line.action, line.form, line.reason, line.rule, line.detail, line.form_reason)
+        told += (line.expected, line.expected_reason)
         pattern = name_pattern([line.name], wild=True)
         groups.setdefault((pattern, *told, *key(line)), []).append(line)
     return list(groups.values())

@@ -308,7 +308,8 @@ def _spec(decision: Decision | None, names: Mapping[str, str]) -> SiteSpec:
         for part in decision.parts
     )
     form: MatrixForm = decision.site.form
-    return SiteSpec(form, parts, decision.scale, decision.dropout, magnitude=names.get("magnitude"))
+    magnitude, compute = names.get("magnitude"), decision.compute
+    return SiteSpec(form, parts, decision.scale, decision.dropout, magnitude=magnitude, compute=compute)
 
 
 def choose_branches(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lora_fx.fingerprints import Fingerprint
     from lora_fx.plans import Plan
+    from lora_fx.rules import Compute
 
 BINDING = "_lora_fx_binding"
 """The ``__dict__`` key under which an adapted module keeps its Binding."""
@@ -67,7 +68,8 @@ class SiteSpec:
     """How one adapter changes one weight; all names are of Parameters on the owner.
 
     ``full`` names the copy that stands in for the weight, ``magnitude`` DoRA's row norms. ``buffer``
-    says that it is a buffer that moves (running statistics), and no parameter.
+    says that it is a buffer that moves (running statistics), and no parameter. ``compute`` is what the
+    plan asks: ``"weight"`` for no branch, ``"branch"`` for thin products whatever the sizes.
     """
 
     form: MatrixForm | None
@@ -77,6 +79,7 @@ class SiteSpec:
     full: str | None = None
     magnitude: str | None = None
     buffer: bool = False
+    compute: Compute = "auto"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,8 +89,13 @@ class SiteSpec:
 
     @property
     def low_rank(self) -> bool:
-        """Whether the change is a plain sum of low-rank parts, which a branch can compute."""
+        """Whether the change is a plain sum of low-rank parts."""
         return self.full is None and self.magnitude is None
+
+    @property
+    def by_branch(self) -> bool:
+        """Whether branches may compute the change: where it is low-rank, and not asked to be read as W."""
+        return self.low_rank and self.compute != "weight"
 
 
 @dataclass
@@ -161,7 +169,7 @@ def branchable(held: Binding) -> dict[str, Branched]:
     """
     found: dict[str, Branched] = {}
     for name, specs in held.sites.items():
-        forms = {spec.form for spec in specs.values() if spec.low_rank and spec.form is not None}
+        forms = {spec.form for spec in specs.values() if spec.by_branch and spec.form is not None}
         if len(forms) == 1:
             rows = any(part.rows is not None for spec in specs.values() for part in spec.parts)
             found[name] = Branched(forms.pop(), rows)
@@ -221,10 +229,10 @@ def is_own(module: nn.Module, tensor: Tensor) -> bool:
 
 
 def branch_base(module: nn.Module, name: str) -> Tensor:
-    """Return the weight that a branch starts from: ``W0``, or ``W`` where it cannot be a branch."""
+    """Return the weight that a branch starts from: ``W0``, or ``W`` where it is not to be a branch."""
     held = binding(module)
     spec = None if held is None else held.active(name)
-    if spec is None or spec.low_rank:
+    if spec is None or spec.by_branch:
         return raw(module, name)
     return _kept_effective(module, name, spec)
 
@@ -233,7 +241,7 @@ def live_parts(module: nn.Module, name: str) -> LiveParts:
     """Return what the branch at this weight computes with now; empty where nothing is active."""
     held = binding(module)
     spec = None if held is None else held.active(name)
-    if held is None or spec is None or not spec.low_rank:
+    if held is None or spec is None or not spec.by_branch:
         return ()
     dropout = spec.dropout and (spec.dropout if module.training and held.state.dropout else 0.0)
     return _parts(module, spec, dropout)
@@ -247,7 +255,7 @@ def _parts(
         a, b = raw(module, part.a), raw(module, part.b)
         if read is not None:
             a, b = read(a), read(b)
-        whole_part = LivePart(a, b, spec.scale, part.rows, dropout)
+        whole_part = LivePart(a, b, spec.scale, part.rows, dropout, added=spec.compute == "branch")
         if part.start_a is None or part.start_b is None:
             live.append(whole_part)
             continue

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lora_fx.kinds.eager import widens
+from lora_fx.kinds.expected import Expected, Work
 from lora_fx.matrix import MatrixForm, Rows, rows_form
 
 
@@ -77,7 +78,7 @@ class LivePart(NamedTuple):
 
     ``a`` is (r, in) or (E, r, in), ``b`` (rows, r) or (E, rows, r); ``dropout`` is the probability
     in force now (0.0 outside training), ``stream`` tells apart the masks of inputs that are one process's
-    columns of a whole.
+    columns of a whole. ``added`` forbids forming W' = W + scale * B A instead.
     """
 
     a: Tensor
@@ -86,6 +87,7 @@ class LivePart(NamedTuple):
     rows: Rows | None = None
     dropout: float = 0.0
     stream: int = 0
+    added: bool = False
 
 
 def transposed(part: LivePart) -> LivePart:
@@ -141,6 +143,14 @@ class Kind:
         """
         del call
         return rows_form(shape)
+
+    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
+        """Say how the branch of a recorded call on a weight of this shape will be computed, and why.
+
+        It asks of the recorded sizes what the branch asks of those of a run; most branches have one way.
+        """
+        del weight, work
+        return Expected("added", f"thin products: the branch of {call.op} has no other way")
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

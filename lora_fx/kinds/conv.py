@@ -29,7 +29,8 @@ from lora_fx.kinds.base import (
     shape_of,
 )
 from lora_fx.kinds.eager import plain_eager
-from lora_fx.kinds.fused_conv import fusable, fused_conv, geometry
+from lora_fx.kinds.expected import Expected, Work
+from lora_fx.kinds.fused_conv import expected_conv, fusable, fused_conv, geometry
 from lora_fx.kinds.wide import cast_up
 from lora_fx.kinds.wide_conv import wide, wide_conv
 from lora_fx.matrix import MatrixForm, Rows, rows_form
@@ -118,6 +119,13 @@ class ConvKind(Kind):
     def branches(self) -> Mapping[str, Branch]:
         """The low-rank branches by dimension."""
         return {"conv1d": adapted_conv1d, "conv2d": adapted_conv2d, "conv3d": adapted_conv3d}
+
+    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
+        """Merged where there are many places, or groups."""
+        defaults = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+        settings = [call.arg(3 + i, name, default) for i, (name, default) in enumerate(defaults)]
+        how = geometry(len(weight) - 2, *settings)
+        return expected_conv(shape_of(call.arg(0, "input")), weight, how, work)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
+from lora_fx.kinds.expected import Expected, Work
 from lora_fx.kinds.spread import embedding_on_shards, on_shards
 from lora_fx.matrix import MatrixForm, columns_form
 
@@ -77,6 +78,12 @@ class EmbeddingKind(Kind):
         """Rows are the embedding's dimensions."""
         del call
         return columns_form(shape)
+
+    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
+        """Rows of A^T and their products with B, unless W itself has to be looked up."""
+        if call.arg(5, "scale_grad_by_freq", default=False):
+            return Expected("weight", "W' is looked up: gradients are divided by how often an id occurs")
+        return super().expected(call, weight, work)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

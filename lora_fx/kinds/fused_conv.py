@@ -15,6 +15,7 @@ away in half precision, so that this is for float32 and wider.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd import Function
 from lora_fx.kinds import costs
 from lora_fx.kinds.base import LivePart, LiveParts
 from lora_fx.kinds.eager import plain_eager
+from lora_fx.kinds.expected import Expected, Work, added
 
 
 class Geometry(NamedTuple):
@@ -58,7 +60,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how: Geometry | None) -> bool:
     """Say whether the merged convolution may and should stand for the branch."""
     part = lora[0]
-    if how is None or len(lora) > 1 or part.rows is not None or part.dropout:
+    if how is None or len(lora) > 1 or part.rows is not None or part.dropout or part.added:
         return False
     if not plain_eager(x, weight, bias, part.a, part.b) or x.dim() != weight.dim() or x.is_meta:
         return False
@@ -67,15 +69,35 @@ def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how
     if torch.is_autocast_enabled(x.device.type):
         return False
     rows, columns = weight.shape[0], part.a.shape[1]
-    return costs.conv_merges(_places(x, weight, how), rows, columns, how.groups)
+    return costs.conv_merges(_places(x.shape, weight.shape, how), rows, columns, how.groups)
 
 
-def _places(x: Tensor, weight: Tensor, how: Geometry) -> int:
+def expected_conv(
+    x: tuple[int, ...], weight: tuple[int, ...], how: Geometry | None, work: Work
+) -> Expected:
+    """Say whether ``fused_conv`` will stand for the branch on an input of this shape, and why."""
+    if how is None:
+        return added(work, "a padding given by name")
+    if len(x) != len(weight):
+        return added(work, "an input without a batch")
+    if work.obstacle is not None:
+        return added(work, work.obstacle)
+    (rank,), out, columns = work.ranks, weight[0], math.prod(weight[1:])
+    places = _places(x, weight, how)
+    sizes = f"{places:,} places, {columns:,} in, {out:,} out, rank {rank}"
+    cost = f"{rank * places * (out + columns):,} multiplications of thin products"
+    cost += f" against 2 x {rank * out * columns:,} of forming W'"
+    if not costs.conv_merges(places, out, columns, how.groups):
+        return Expected("added", f"{sizes}: {cost}")
+    cost = f"{how.groups} groups, and thin products have an A for each" if how.groups > 1 else cost
+    thin = costs.conv_thin(rank, out, columns, how.groups)
+    return Expected("merged", f"{sizes}: {cost}; dA and dB by {'thin products' if thin else 'all of dW'}")
+
+
+def _places(x: tuple[int, ...], weight: tuple[int, ...], how: Geometry) -> int:
     """The number of output places, up to what the kernel's reach takes from the borders."""
-    places = x.shape[0]
-    for size, stride, kernel, padding in zip(
-        x.shape[2:], how.stride, weight.shape[2:], how.padding, strict=True
-    ):
+    places = x[0]
+    for size, stride, kernel, padding in zip(x[2:], how.stride, weight[2:], how.padding, strict=True):
         places *= max(1, (size + 2 * padding - kernel) // stride + 1)
     return places
 

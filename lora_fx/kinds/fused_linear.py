@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from lora_fx.kinds import costs, wide
 from lora_fx.kinds.base import LiveParts
 from lora_fx.kinds.eager import autocast_dtype, plain_eager, widens
+from lora_fx.kinds.expected import Expected, Work, added
 from lora_fx.kinds.masks import Mask, draw
 from lora_fx.kinds.producers import Remade, remade
 from lora_fx.kinds.stacked import Slot, add_parts, outer, part_gradients, scaled, stacked, through_parts
@@ -85,7 +86,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     dtype = autocast_dtype(x)
     merged = merged_back = False
     if slots is None and mask is None and dtype is None:
-        merged, merged_back = _merges(x, weight, a)
+        merged, merged_back = (False, False) if first.added else _merges(x, weight, a)
     call = Call(scale, slots, mask, source, merged, merged_back, widens(x, a))
     if dtype is not None:
         # x is cast outside, where its cast is differentiable; A and B are cast inside.
@@ -105,7 +106,7 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
     out, columns = weight.shape
     if more or not costs.keeps(x.numel() // max(columns, 1), out, columns):
         return None
-    if part.rows is not None or part.dropout or weight.dtype is not part.a.dtype:
+    if part.rows is not None or part.dropout or part.added or weight.dtype is not part.a.dtype:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -122,6 +123,28 @@ def _merges(x: Tensor, weight: Tensor, a: Tensor) -> tuple[bool, bool]:
     out, columns = weight.shape
     rows = x.numel() // max(columns, 1)
     return costs.merges(rows, out, columns)
+
+
+def expected_linear(rows: int, out: int, columns: int, work: Work, *, keeps: bool) -> Expected:
+    """Say what ``merged_linear`` (where ``keeps``) and ``fused_linear`` will do with so many rows of x."""
+    if len(work.ranks) > 1:
+        width = sum(work.ranks)
+        return Expected(
+            "stacked", f"{work.products}: A of {len(work.ranks)} terms in one product, h of {width}"
+        )
+    if work.obstacle is not None:
+        return added(work, work.obstacle)
+    sizes = f"{rows:,} rows, {columns:,} in, {out:,} out, rank {work.ranks[0]}"
+    if keeps and costs.keeps(rows, out, columns):
+        few = f"{rows * out * columns:,} multiplications and {out * columns:,} elements of W' are few"
+        return Expected("kept", f"{sizes}: {few}, dispatch is what costs")
+    merged, back = costs.merges(rows, out, columns)
+    passes = (
+        f"{costs.MANY} x {out * columns:,} elements of W' against {rows * out:,} of y "
+        f"and, backward, {rows * columns:,} of dx"
+    )
+    how = {(True, True): "merged", (True, False): "merged forward", (False, True): "merged backward"}
+    return Expected(how.get((merged, back), "added"), f"{sizes}: {passes}")
 
 
 def _run(

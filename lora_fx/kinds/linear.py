@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
@@ -18,7 +19,8 @@ from lora_fx.kinds.base import (
     low_rank,
     shape_of,
 )
-from lora_fx.kinds.fused_linear import fusable, fused_linear, merged_linear
+from lora_fx.kinds.expected import Expected, Work
+from lora_fx.kinds.fused_linear import expected_linear, fusable, fused_linear, merged_linear
 from lora_fx.kinds.spread import linear_on_shards, on_shards
 from lora_fx.matrix import MatrixForm, rows_form
 
@@ -59,6 +61,12 @@ class LinearKind(Kind):
     def branches(self) -> Mapping[str, Branch]:
         """The low-rank branch of ``F.linear``."""
         return {"linear": adapted_linear}
+
+    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
+        """Kept where it is small, merged where there are many rows."""
+        out, columns = weight
+        rows = math.prod(shape_of(call.arg(0, "input"))[:-1])
+        return expected_linear(rows, out, columns, work, keeps=True)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

@@ -25,7 +25,8 @@ from lora_fx.kinds.base import (
     low_rank,
     shape_of,
 )
-from lora_fx.kinds.fused_linear import fusable, fused_linear
+from lora_fx.kinds.expected import Expected, Work, added
+from lora_fx.kinds.fused_linear import expected_linear, fusable, fused_linear
 from lora_fx.matrix import MatrixForm, columns_form
 
 _FACTORS: Mapping[str, tuple[int, str, str]] = {
@@ -55,13 +56,17 @@ def adapted_addmm(
     lora: LiveParts,
 ) -> Tensor:
     """Return ``beta * input + alpha * (x W0 + sum over parts of scale * (x A^T) B^T)`` for ``x = mat1``."""
-    plain = beta == 1 and alpha == 1 and input.dim() == 1 and mat1.dim() == 2
-    if lora and plain and fusable(mat1, mat2, input, lora):
+    if lora and _is_linear(beta, alpha, input.dim(), mat1.dim()) and fusable(mat1, mat2, input, lora):
         return fused_linear(mat1, mat2.t(), input, lora)
     result = torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
     for part in lora:
         result = add_rows(result, low_rank(mat1, part), part.rows, -1, alpha)
     return result
+
+
+def _is_linear(beta: float, alpha: float, bias: int, x: int) -> bool:
+    """Say whether ``addmm`` on a bias and an input of so many dimensions is a linear."""
+    return beta == 1 and alpha == 1 and bias == 1 and x == 2
 
 
 class MatmulKind(Kind):
@@ -84,6 +89,14 @@ class MatmulKind(Kind):
         """``x W``: columns first."""
         del call
         return columns_form(shape)
+
+    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
+        """As a linear without the weight that is kept; with scaled terms, thin products."""
+        bias, x = (shape_of(call.arg(i, name)) for i, name in enumerate(("input", "mat1")))
+        if not _is_linear(call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1), len(bias), len(x)):
+            return added(work, "an addmm with scales, or another bias than a vector")
+        columns, out = weight
+        return expected_linear(x[0], out, columns, work, keeps=False)
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:
