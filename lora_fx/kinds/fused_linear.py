@@ -110,7 +110,14 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    return F.linear(x, torch.addmm(weight, part.b, part.a, alpha=part.scale), bias)
+    return F.linear(x, _merge(weight, part.a, part.b, part.scale), bias)
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return ``W + scale B A`` in W's memory format: a product with another one has other bits."""
+    if weight.is_contiguous():
+        return torch.addmm(weight, b, a, alpha=scale)
+    return torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t()
 
 
 def _merges(x: Tensor, weight: Tensor, a: Tensor) -> tuple[bool, bool]:
@@ -168,7 +175,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y and h; ``a`` is (R, in), the stacked A of all parts, and each of ``bs`` (rows, r)."""
     if call.merged:
-        return F.linear(x, torch.addmm(weight, bs[0], a, alpha=call.scale), bias), None
+        return F.linear(x, _merge(weight, a, bs[0], call.scale), bias), None
     dtype, shape = x.dtype, x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, shape[-1])
     # Three dimensions are flattened by F.linear itself; doing it here saves doing it twice.
@@ -255,7 +262,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dw = g.t() @ x if need_weight else None
     dx = None
     if need_x:
-        merged = torch.addmm(weight, bs[0], a, alpha=scale) if call.merged_back else weight
+        merged = _merge(weight, a, bs[0], scale) if call.merged_back else weight
         # Nothing reads x any more: where it is nobody else's, dx takes its place.
         dx = torch.mm(g, merged, out=x) if spare and x.is_contiguous() else g @ merged
         if not call.merged_back:
