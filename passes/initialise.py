@@ -59,7 +59,9 @@ def start(decision: Decision, part: Part, weight: Tensor, generator: torch.Gener
         a, b = _pissa(matrix, part.rank, decision.scale)
     else:
         a, b = _olora(matrix, part.rank, decision.scale)
-    return Start(a.contiguous(), b.contiguous(), frozen=True)
+    # A vector is contiguous with whatever strides; a product reads other bits by other strides.
+    a, b = (t.clone(memory_format=torch.contiguous_format) for t in (a, b))
+    return Start(a, b, frozen=True)
 
 
 def _part_matrix(weight: Tensor, form: MatrixForm, part: Part) -> Tensor:

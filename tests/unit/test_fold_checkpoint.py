@@ -99,6 +99,15 @@ def test_every_kind_has_the_bits_of_fold(variant: str, dtype: torch.dtype, tmp_p
     assert all(row.delta for row in audit.rows)
 
 
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
+def test_starts_of_rank_one_have_the_bits_of_fold(init: str, tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Sequential(*(nn.Linear(*((6, 1), (1, 6))[i % 2]) for i in range(20))))
+    base = state(model)
+    lora_fx.inject(model, Policy(Rule(rank=1, alpha=13, init=init)), X, seed=0)  # type: ignore[arg-type]
+    randomise(model)
+    check(model, base, tmp_path)
+
+
 class Fused(nn.Module):
     """A fused in-projection of which parts are adapted, experts, and transformers' Conv1D."""
 
