@@ -246,14 +246,25 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> tuple[Model, Tensor]:
 
 
 def policy_of(spec: PolicySpec, model: nn.Module) -> lora_fx.Policy:
-    """Build the policy for a model; the first rule names the model's first weight."""
+    """Build the policy for a model; the first rule names the model's first weight.
+
+    A branch is asked for where there can be one.
+    """
     name = next(n for n, p in model.named_parameters() if p.dim() >= 2)
     first: dict[str, Any] = {"skip": lora_fx.Skip(name=name), "train": lora_fx.Train(name=name)}
     rule = lora_fx.Rule(
         rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora, dora=spec.dora, init=spec.init, optional=True
     )
-    rules = [rule] if spec.first == "adapt" else [first[spec.first], rule]
+    rules: list[Any] = [] if spec.first == "adapt" else [first[spec.first]]
+    if spec.compute == "branch":
+        rules += [replace(rule, dora=False, compute="branch", where=_can_be_branched), rule]
+    else:
+        rules.append(replace(rule, compute=spec.compute))
     return lora_fx.Policy(*rules, bias=spec.bias, norm_stats=spec.norm_stats)
+
+
+def _can_be_branched(site: lora_fx.Site) -> bool:
+    return bool(site.uses) and all(use.branch for use in site.uses)
 
 
 def plainer(spec: PolicySpec) -> PolicySpec:

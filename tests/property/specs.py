@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 Family = Literal["linear", "conv", "transposed", "bare", "attention", "recurrent", "embedding", "normed"]
 Use = Literal["plain", "residual", "concatenated", "looped", "shared", "functional", "split"]
+Compute = Literal["auto", "branch", "weight"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -65,6 +66,7 @@ class PolicySpec:
     rslora: bool = False
     dora: bool = False
     init: Init = "kaiming"
+    compute: Compute = "auto"
     bias: Literal["none", "all", "lora_only"] = "none"
     norm_stats: Literal["freeze", "train"] = "freeze"
     first: Literal["adapt", "skip", "train"] = "adapt"
@@ -98,6 +100,7 @@ def policies() -> st.SearchStrategy[PolicySpec]:
         rslora=st.booleans(),
         dora=st.booleans(),
         init=st.sampled_from(get_args(Init)),
+        compute=st.sampled_from(get_args(Compute)),
         bias=st.sampled_from(("none", "all", "lora_only")),
         norm_stats=st.sampled_from(("freeze", "train")),
         first=st.sampled_from(("adapt", "skip", "train")),

@@ -42,6 +42,8 @@ def test_every_invariant(family: Family, data: st.DataObject) -> None:
         event("nothing to adapt")
         return
     note(str(plan))
+    assert all(decision.expected and decision.expected_reason for decision in plan.adapted)
+    assert asked.compute != "weight" or {d.form for d in plan.adapted} <= {"weight"}
     if not plan.adapted and not plan.trained:
         event("nothing to adapt")
         return

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_fx.errors import PolicyError
 from lora_fx.policy import Policy, Rule, Skip, Train
-from lora_fx.rules import INITS
+from lora_fx.rules import COMPUTES, INITS
 from lora_fx.sites import ROLES
 from tests.unit.site_builders import attention, site
 
@@ -102,6 +102,8 @@ def test_parameters_that_are_no_sites_are_matched_by_name_and_module_alone():
         {"dropout": -0.1},
         {"dropout": "0.1"},
         {"init": "zeros"},
+        {"compute": "fast"},
+        {"compute": None},
         {"dora": 1},
         {"rslora": "yes"},
         {"name": ""},
@@ -242,6 +244,7 @@ adapters = filters | {
     "rslora": st.booleans(),
     "dora": st.booleans(),
     "init": st.sampled_from(INITS),
+    "compute": st.sampled_from(COMPUTES),
 }
 policies = st.builds(
     lambda rules, options: Policy(*rules, **options),
