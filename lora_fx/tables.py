@@ -134,9 +134,7 @@ def _told(line: Decision | AuditRow) -> str:
     return f"{line.expected}: {line.expected_reason}"
 
 
-def _legend(
-    rules: Mapping[str, int], reasons: Mapping[str, int], expected: Mapping[str, int]
-) -> list[str]:
+def _legend(rules: Mapping[str, int], reasons: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
     return [
         *(f"[{number}] {rule}" for rule, number in rules.items()),
         *(f"[f{number}] {reason}" for reason, number in reasons.items()),
@@ -222,9 +220,9 @@ def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]
     groups: dict[tuple[object, ...], list[_Line]] = {}
     for line in lines:
         told = (line.action, line.form, line.reason, line.rule, line.detail, line.form_reason)
-        told += (line.expected, line.expected_reason)
+        expected = (line.expected, line.expected_reason)
         pattern = name_pattern([line.name], wild=True)
-        groups.setdefault((pattern, *told, *key(line)), []).append(line)
+        groups.setdefault((pattern, *told, *expected, *key(line)), []).append(line)
     return list(groups.values())
 
 

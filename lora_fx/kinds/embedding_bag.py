@@ -85,8 +85,10 @@ class EmbeddingBagKind(Kind):
 
     def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
         """Rows of A^T and their products with B, unless W itself has to be looked up."""
-        if call.arg(6, "mode", "mean") == "max" or call.arg(5, "scale_grad_by_freq", default=False):
-            return Expected("weight", "W' is looked up: the maximum of a bag, or gradients divided by how often an id occurs")
+        if call.arg(6, "mode", "mean") == "max":
+            return Expected("weight", "W' is looked up: the maximum of a bag is not linear in W")
+        if call.arg(5, "scale_grad_by_freq", default=False):
+            return Expected("weight", "W' is looked up: gradients are divided by how often an id occurs")
         return super().expected(call, weight, work)
 
     @property

@@ -72,9 +72,7 @@ def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, how
     return costs.conv_merges(_places(x.shape, weight.shape, how), rows, columns, how.groups)
 
 
-def expected_conv(
-    x: tuple[int, ...], weight: tuple[int, ...], how: Geometry | None, work: Work
-) -> Expected:
+def expected_conv(x: tuple[int, ...], weight: tuple[int, ...], how: Geometry | None, work: Work) -> Expected:
     """Say whether ``fused_conv`` will stand for the branch on an input of this shape, and why."""
     if how is None:
         return added(work, "a padding given by name")

@@ -141,7 +141,7 @@ def expected_linear(rows: int, out: int, columns: int, work: Work, *, keeps: boo
         )
     if work.obstacle is not None:
         return added(work, work.obstacle)
-    sizes = f"{rows:,} rows, {columns:,} in, {out:,} out, rank {work.ranks[0]}"
+    sizes = f"{rows:,} rows, {columns:,} in, {out:,} out, rank {sum(work.ranks)}"
     if keeps and costs.keeps(rows, out, columns):
         few = f"{rows * out * columns:,} multiplications and {out * columns:,} elements of W' are few"
         return Expected("kept", f"{sizes}: {few}, dispatch is what costs")

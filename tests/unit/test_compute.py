@@ -164,7 +164,9 @@ CASES: dict[str, Case] = {
         lambda: nn.Conv2d(16, 64, 3, stride=4, dilation=2), lambda: torch.randn(1, 16, 12, 12), {}, "added"
     ),
     "groups": (lambda: nn.Conv1d(8, 8, 3, groups=4), lambda: torch.randn(1, 8, 5), {}, "merged"),
-    "named padding": (lambda: nn.Conv2d(3, 8, 3, padding="same"), lambda: torch.randn(2, 3, 9, 9), {}, "added"),
+    "named padding": (
+        lambda: nn.Conv2d(3, 8, 3, padding="same"), lambda: torch.randn(2, 3, 9, 9), {}, "added"
+    ),
     "no batch": (lambda: nn.Conv2d(3, 8, 3), lambda: torch.randn(3, 9, 9), {}, "added"),
     "dropped convolution": (
         lambda: nn.Conv2d(3, 8, 3), lambda: torch.randn(2, 3, 9, 9), {"dropout": 0.1}, "added"
@@ -315,8 +317,8 @@ def test_reasons_have_the_numbers_of_the_recorded_run() -> None:
     )
     conv_plan = lora_fx.plan(nn.Conv2d(3, 8, 3), Policy(Rule(rank=2)), torch.randn(2, 3, 9, 9))
     assert conv_plan.decisions[0].expected_reason == (
-        "98 places, 27 in, 8 out, rank 2: 6,860 multiplications of thin products against 2 x 432 of forming W'; "
-        "dA and dB by thin products"
+        "98 places, 27 in, 8 out, rank 2: 6,860 multiplications of thin products against 2 x 432 of forming "
+        "W'; dA and dB by thin products"
     )
     weighed = lora_fx.plan(nn.Linear(32, 512), Policy(Rule(rank=2, compute="weight")), torch.randn(128, 32))
     assert weighed.decisions[0].expected_reason.startswith(
@@ -375,7 +377,9 @@ def test_a_branch_needs_a_recorded_run_and_a_weight_does_not() -> None:
 
 
 def test_a_weight_with_dropout_is_refused() -> None:
-    with pytest.raises(lora_fx.PolicyError, match=r"^weight: expected dropout=0.*compute='weight' asks for it"):
+    with pytest.raises(
+        lora_fx.PolicyError, match=r"^weight: expected dropout=0.*compute='weight' asks for it"
+    ):
         lora_fx.plan(nn.Linear(4, 4), Policy(Rule(compute="weight", dropout=0.1)), torch.randn(2, 4))
 
 
@@ -487,8 +491,7 @@ def test_gradients_twice(name: str, compute: str) -> None:
     parameters = trained(model)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        named = {n: p for n, p in model.named_parameters()}
-        names = [n for n, p in named.items() if any(p is q for q in parameters)]
+        names = [n for n, p in model.named_parameters() if any(p is q for q in parameters)]
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,)).sum(0)
 
     assert torch.autograd.gradgradcheck(
