@@ -14,7 +14,7 @@ from torch import fx
 from lora_fx.adapter_file import FROZEN_STARTS
 from lora_fx.kinds import BY_OP
 from lora_fx.kinds.base import Call, shape_of
-from lora_fx.kinds.expected import Expected, Work
+from lora_fx.kinds.expected import HALVES, Expected, Work
 from lora_fx.matrix import row_count
 from lora_fx.passes.trace import Trace
 from lora_fx.plans import Decision, Plan
@@ -82,4 +82,5 @@ def _read(decision: Decision) -> Expected:
     rows = sum(part.rank * row_count(part.rows, form) for part in decision.parts)
     products = (form.experts or 1) * form.in_features * rows
     size = f"{math.prod(decision.site.shape):,} elements by {products:,} multiplications"
-    return Expected("weight", f"W is computed in every training step, {size}")
+    cast = f", rounded to {decision.site.dtype}" if decision.site.dtype in HALVES else ""
+    return Expected("weight", f"W is computed in every training step, {size}{cast}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_HALVES = frozenset({"float16", "bfloat16"})
+HALVES = frozenset({"float16", "bfloat16"})
 
 
 class Work(NamedTuple):
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     @property
     def half(self) -> bool:
         """Whether the base is in half precision, in which W' would round the adapter away."""
-        return self.dtype in _HALVES
+        return self.dtype in HALVES
 
     @property
     def products(self) -> str:

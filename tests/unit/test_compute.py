@@ -1,5 +1,4 @@
-"""How adapters are computed: what a plan expects is what runs, and what a rule asks is obeyed, to the bit
-or to rounding."""
+"""How adapters are computed: what a plan expects is what runs, and what a rule asks is obeyed."""
 
 from __future__ import annotations
 
@@ -357,15 +356,29 @@ def test_a_branch_that_cannot_be_is_refused(name: str) -> None:
     assert "weight form" in caught.value.got
 
 
-def test_some_uses_as_a_branch_are_not_enough() -> None:
-    class Both(Own):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.proj(x)
+class Both(Own):
+    """A weight that its module's forward reads too."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.proj(x)
+
+
+def test_some_uses_as_a_branch_are_not_enough(seen: list[str]) -> None:
     with pytest.raises(lora_fx.PolicyError, match="the mixed form"):
         lora_fx.plan(Both(), Policy(Rule(compute="branch")), torch.randn(3, 8))
     plan = lora_fx.plan(Both(), Policy(Rule(rank=2)), torch.randn(3, 8))
     assert plan.decisions[0].expected == "weight, kept"
+    model, x, plan = injected((Both, lambda: torch.randn(3, 8), {}, ""), "weight")
+    assert plan.decisions[0].form_reason == "compute='weight' asks for it"
+    del seen[:]
+    model(x)
+    assert seen == ["weight", "weight"]
+
+
+def test_a_weight_in_half_precision_is_said_to_be_rounded() -> None:
+    model, x = nn.Linear(8, 6).bfloat16(), torch.randn(3, 8).bfloat16()
+    [decision] = lora_fx.plan(model, Policy(Rule(rank=2, compute="weight")), x).decisions
+    assert "48 elements by 96 multiplications, rounded to bfloat16; without" in decision.expected_reason
 
 
 def test_a_branch_needs_a_recorded_run_and_a_weight_does_not() -> None:
