@@ -69,7 +69,8 @@ class SiteSpec:
 
     ``full`` names the copy that stands in for the weight, ``magnitude`` DoRA's row norms. ``buffer``
     says that it is a buffer that moves (running statistics), and no parameter. ``compute`` is what the
-    plan asks: ``"weight"`` for no branch, ``"branch"`` for thin products whatever the sizes.
+    plan asks: ``"weight"`` for no branch, ``"branch"`` for thin products whatever the sizes. ``by_branch``
+    says whether branches may compute the change: where it is low-rank, and not asked to be read as W.
     """
 
     form: MatrixForm | None
@@ -80,6 +81,11 @@ class SiteSpec:
     magnitude: str | None = None
     buffer: bool = False
     compute: Compute = "auto"
+    by_branch: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Work out once what every call asks."""
+        object.__setattr__(self, "by_branch", self.low_rank and self.compute != "weight")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,11 +97,6 @@ class SiteSpec:
     def low_rank(self) -> bool:
         """Whether the change is a plain sum of low-rank parts."""
         return self.full is None and self.magnitude is None
-
-    @property
-    def by_branch(self) -> bool:
-        """Whether branches may compute the change: where it is low-rank, and not asked to be read as W."""
-        return self.low_rank and self.compute != "weight"
 
 
 @dataclass

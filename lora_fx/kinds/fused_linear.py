@@ -110,7 +110,9 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    return F.linear(x, _merge(weight, part.a, part.b, part.scale), bias)
+    if not weight.is_contiguous():
+        return F.linear(x, _merge(weight, part.a, part.b, part.scale), bias)
+    return F.linear(x, torch.addmm(weight, part.b, part.a, alpha=part.scale), bias)
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
