@@ -36,7 +36,8 @@ class Call(NamedTuple):
 
     ``slots`` is None for one part on all rows. ``source`` makes the input again, where it need not be
     saved. ``scale`` includes what a mask's survivors are scaled by. ``merged`` and ``merged_back`` say that
-    W' is formed in the forward, and in the backward. ``wide`` says that thin products are in float32.
+    W' is formed in the forward, and in the backward. ``wide`` says that thin products are in float32,
+    ``columns`` that the weight is given as (in, out).
     """
 
     scale: float
@@ -46,6 +47,7 @@ class Call(NamedTuple):
     merged: bool = False
     merged_back: bool = False
     wide: bool = False
+    columns: bool = False
 
 
 def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> bool:
@@ -64,14 +66,19 @@ def fusable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> 
     return not dropout or (dropout < 1 and not (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts) -> Tensor:
-    """Return ``x W^T + b + sum over parts of scale * (x A^T) B^T``."""
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts, *, columns: bool = False
+) -> Tensor:
+    """Return ``x W^T + b + sum over parts of scale * (x A^T) B^T``.
+
+    With ``columns`` the weight is W^T: (in, out), x has two dimensions, and there is a bias: an ``addmm``.
+    """
     first = lora[0]
     slots: tuple[Slot, ...] | None = None
     bs: tuple[Tensor, ...] = (first.b,)
     scale, a = first.scale, first.a
     if len(lora) > 1 or first.rows is not None:
-        scale, slots, a, bs = stacked(lora, weight.shape[0])
+        scale, slots, a, bs = stacked(lora, weight.shape[1 if columns else 0])
     source = mask = None
     if first.dropout:
         mask = draw(first.dropout, first.stream)
@@ -86,8 +93,8 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LiveParts
     dtype = autocast_dtype(x)
     merged = merged_back = False
     if slots is None and mask is None and dtype is None:
-        merged, merged_back = (False, False) if first.added else _merges(x, weight, a)
-    call = Call(scale, slots, mask, source, merged, merged_back, widens(x, a))
+        merged, merged_back = (False, False) if first.added else _merges(x, weight, a, columns=columns)
+    call = Call(scale, slots, mask, source, merged, merged_back, widens(x, a), columns)
     if dtype is not None:
         # x is cast outside, where its cast is differentiable; A and B are cast inside.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -122,16 +129,15 @@ def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t()
 
 
-def _merges(x: Tensor, weight: Tensor, a: Tensor) -> tuple[bool, bool]:
+def _merges(x: Tensor, weight: Tensor, a: Tensor, *, columns: bool) -> tuple[bool, bool]:
     """Say whether forming W' costs less than adding h B^T to y, and than adding g' A to dx.
 
     In half precision W' would round the adapter away.
     """
     if weight.element_size() < 4 or weight.dtype is not a.dtype:
         return False, False
-    out, columns = weight.shape
-    rows = x.numel() // max(columns, 1)
-    return costs.merges(rows, out, columns)
+    out, features = reversed(weight.shape) if columns else weight.shape
+    return costs.merges(x.numel() // max(features, 1), out, features)
 
 
 def expected_linear(rows: int, out: int, columns: int, work: Work, *, keeps: bool) -> Expected:
@@ -177,11 +183,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y and h; ``a`` is (R, in), the stacked A of all parts, and each of ``bs`` (rows, r)."""
     if call.merged:
+        weight = weight.t() if call.columns else weight
         return F.linear(x, _merge(weight, a, bs[0], call.scale), bias), None
     dtype, shape = x.dtype, x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    # Three dimensions are flattened by F.linear itself; doing it here saves doing it twice.
-    y = F.linear(flat if _flattened(x, bias) else x, weight, bias)
+    if call.columns and bias is not None:
+        y = torch.addmm(bias, flat, weight)
+    else:
+        # Three dimensions are flattened by F.linear itself; doing it here saves doing it twice.
+        y = F.linear(flat if _flattened(x, bias) else x, weight, bias)
     y = y if y.is_contiguous() else y.contiguous()
     rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     if call.mask is not None:
@@ -261,7 +271,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     da = None
     if need_a:
         da = wide.outer(gb, thinned, scale, a) if call.wide else scaled(gb.t(), thinned, scale, a)
-    dw = g.t() @ x if need_weight else None
+    weight = weight.t() if call.columns else weight
+    dw = None
+    if need_weight:
+        dw = x.t() @ g if call.columns else g.t() @ x
     dx = None
     if need_x:
         merged = _merge(weight, a, bs[0], scale) if call.merged_back else weight

@@ -57,7 +57,7 @@ def adapted_addmm(
 ) -> Tensor:
     """Return ``beta * input + alpha * (x W0 + sum over parts of scale * (x A^T) B^T)`` for ``x = mat1``."""
     if lora and _is_linear(beta, alpha, input.dim(), mat1.dim()) and fusable(mat1, mat2, input, lora):
-        return fused_linear(mat1, mat2.t(), input, lora)
+        return fused_linear(mat1, mat2, input, lora, columns=True)
     result = torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
     for part in lora:
         result = add_rows(result, low_rank(mat1, part), part.rows, -1, alpha)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_fx.kinds.base import LivePart, LiveParts, rows_index
 
-_LARGE, _LARGE_THIN = 3 << 19, 1 << 16
-"""From so many elements of g on, the orientation of a product outweighs a copy of its small result: a
-thin one's (of a rank under 8) sooner."""
+_LARGE, _LARGE_THIN = 1 << 19, 1 << 14
+"""From so many elements of g on, the orientation of a product outweighs a copy of its small result, and the
+two operations that this takes: a thin one's (of a rank under 8) sooner."""
 
 
 class Slot(NamedTuple):
