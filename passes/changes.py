@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_fx.errors import AdapterValueError
 from lora_fx.matrix import columns_form, rows_form
 from lora_fx.notices import warn_user
-from lora_fx.passes.registers import own_parameters
+from lora_fx.passes.registers import own_parameters, plain
 from lora_fx.passes.runtime import SiteSpec, effective, raw
 from lora_fx.passes.sharded import reshard, whole
 from lora_fx.passes.switch import adapter_sites, require
@@ -118,12 +118,15 @@ def _in_other_hands(model: nn.Module, adapter: str, weights: list[_Weight]) -> s
 
 
 def _weights(model: nn.Module, adapter: str) -> list[_Weight]:
-    """Return each weight that an adapter changes, tied ones once."""
+    """Return each weight that an adapter changes, tied ones once, by every name that the model has for it."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(plain(path))
     found: dict[tuple[int, ...], _Weight] = {}
-    for path, module, attribute, spec in adapter_sites(model, adapter):
-        name = f"{path}.{attribute}" if path else attribute
+    for _, module, attribute, spec in adapter_sites(model, adapter):
+        own = (f"{path}.{attribute}" if path else attribute for path in paths[id(module)])
         key = weight_key(module, attribute, spec)
-        names = (*found[key][0], name) if key in found else (name,)
+        names = (*(found[key][0] if key in found else ()), *own)
         found[key] = (names, *(found[key][1:] if key in found else (module, attribute, spec)))
     return list(found.values())
 

@@ -110,3 +110,24 @@ def test_export_leaves_an_injected_model_as_it_was(tmp_path: Path) -> None:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+class _TwoNames(nn.Module):
+    """A parametrized layer under two names, by the second of which torch.export knows its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.again = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.again(x.tanh())
+
+
+def test_a_change_is_known_by_every_name_of_its_module(tmp_path: Path) -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(4))
+    model = trained(made(_TwoNames), POLICIES["all"], x).eval()
+    certificate = lora_fx.export_onnx(model, tmp_path / "task.onnx", x, base=tmp_path / "base.onnx")
+    assert certificate.ok
+    found = lora_fx.session(tmp_path / "task.onnx").run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-6)
