@@ -19,8 +19,9 @@ from lora_fx.errors import WeightWriteError
 _HARMLESS = frozenset({"retain_grad", "share_memory_"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 """What hangs on a tensor that nobody reads again, and would never fire."""
-_BOUNDS = frozenset({"clamp_", "clamp_min_", "clamp_max_", "clip_"})
-"""What keeps values within bounds: where they are, it writes nothing (Gemma 3n's forward, in training)."""
+_MAY_KEEP = frozenset({"clamp_", "clamp_min_", "clamp_max_", "clip_", "mul_", "div_"})
+"""What may leave all values as they are, and then writes nothing: a clamp to bounds that they are within
+(Gemma 3n's forward, in training), a factor of one (RWKV's, in its first layers)."""
 _ARRAYS = frozenset({"numpy", "__array__"})
 _SHARED = frozenset({"__dlpack__"})
 """What hands the memory itself to another library, which may write into it: take a clone's."""
@@ -58,7 +59,7 @@ _plainly: Any = vars(torch)["_C"].DisableTorchFunctionSubclass
 class EffectiveWeight(Tensor):
     """The effective weight ``W`` of an adapted parameter; a write raises ``WeightWriteError``.
 
-    Only what would leave every value as it is, a clamp to bounds that all are within, is let pass.
+    Only what would leave every value as it is, a clamp to bounds that all are within, say, is let pass.
     """
 
     written_as: str = "an adapted weight"
@@ -77,7 +78,7 @@ class EffectiveWeight(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]  # an overload's: "fill_.Scalar"
         if _writes(name, args, kwargs):
-            if name in _BOUNDS and _changes_nothing(func, args, kwargs):
+            if name in _MAY_KEEP and _changes_nothing(func, args, kwargs):
                 return args[0]
             raise _refusal(name, args, kwargs)
         with _plainly():
@@ -108,7 +109,7 @@ class EffectiveWeight(Tensor):
 def _changes_nothing(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Say whether this write, tried on a copy, leaves every value of the weight as it is."""
     if not args or args[0].is_meta:
-        return False  # without values, what a bound does to them cannot be told
+        return False  # without values, what is done to them cannot be told
     with _plainly(), torch.no_grad():
         weight = args[0].detach()
         copy = weight.clone()

@@ -102,6 +102,18 @@ def test_a_clamp_to_bounds_that_the_weight_is_within_is_no_write() -> None:
     assert torch.equal(model.mix.weight, base)
 
 
+def test_a_factor_of_one_is_no_write() -> None:
+    model = injected()
+    before = run(model, IDS)
+    with torch.no_grad():
+        assert model.body.weight.mul_(1) is not None
+        model.body.weight.div_(1.0)
+        for write in (model.body.weight.mul_, model.body.weight.div_):
+            with pytest.raises(lora_fx.WeightWriteError, match="W0"):
+                write(2)
+    assert torch.equal(run(model, IDS), before)
+
+
 @pytest.mark.parametrize("bound", [0.01, float("nan")])
 def test_a_clamp_that_moves_the_weight_raises(bound: float) -> None:
     model, x = Bounded(bound).eval(), torch.randn(3, 6)
