@@ -69,7 +69,7 @@ def _layouts(module: nn.Module, held: Binding, attribute: str, spec: SiteSpec) -
         return {spec.full: list(spread.placements)}
     whole = [Replicate()] * spread.device_mesh.ndim
     layouts = dict.fromkeys(spec.names, whole)
-    if spec.form is None or attribute not in held.branched or not spec.low_rank:
+    if spec.form is None or attribute not in held.branched or not spec.by_branch:
         return layouts
     split = split_of(weight, _row_axis(spec.form))
     if split is None:

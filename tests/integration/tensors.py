@@ -84,6 +84,9 @@ POLICIES = {
         bias="all",
     ),
     "biases": Policy(Rule(kind="linear", rank=2), bias="lora_only"),
+    "asked for": Policy(
+        Rule(role="qkvo", rank=2, compute="weight"), Rule(kind="linear", rank=2, compute="branch")
+    ),
 }
 
 

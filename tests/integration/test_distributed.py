@@ -103,6 +103,7 @@ def test_tensor_parallelism_after_inject_computes_trains_and_saves_as_one_proces
         ("starts", "heads"),
         ("biases", "heads"),
         ("magnitudes", "heads", False, torch.float32),
+        ("asked for", "heads", False, torch.float32),
         ("magnitudes", "heads"),
     ]
     fused = (tensors.adds_thin_products, ("every weight", "heads"))
