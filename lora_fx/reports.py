@@ -89,7 +89,10 @@ class Report:
         """Say in a few lines what held."""
         head = f"verify: {'holds' if self.ok else 'FAILS'}, {len(self.comparisons)} comparisons"
         worst = self.worst
-        tail = "" if worst is None else f", worst {worst.difference:.1e} ({worst.what}, {worst.case})"
+        tail = ""
+        if worst is not None:
+            allowed = f"{worst.difference:.1e} of {worst.tolerance:g} allowed"
+            tail = f", worst {allowed} ({worst.what}, {worst.case})"
         lines = [f"  {c.what} ({c.case}): {c.difference:.2e} > {c.tolerance:g}" for c in self.failures[:10]]
         return "\n".join([head + tail, *lines, *(f"  note: {n}" for n in self.notes)])
 

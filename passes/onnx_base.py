@@ -138,20 +138,17 @@ class _Base:
     def _refuted(self, graph: ir.Model, traced: Found, kept: Values) -> frozenset[str]:
         """Return those of the parameters whose recipe gives one value alone: others are computed otherwise.
 
-        A factor for each element makes any value from any other (an exponential from its exponent), and
-        rows that are found leave others that may come from the same parameter (a gather's).
+        A factor for each element makes any value from any other (an exponential from its exponent), rows
+        that are found leave others that may come from the same parameter (a gather's), and what is positive
+        is its own absolute value: the test is other values, of both signs.
         """
-        doubtful = {
-            name: _arbitrary(value, len(self.used) + seed)
-            for seed, (name, value) in enumerate(kept.items())
-            if any(r.scale is not None or r.runs is not None for r in traced.placements[name].recipes)
+        others = {
+            name: _signed(_arbitrary(v, len(self.used) + i)) for i, (name, v) in enumerate(kept.items())
         }
-        if not doubtful:
-            return frozenset()
-        wrong = self._unexplained(graph, traced.placements, {**kept, **doubtful}, explained=doubtful)
+        wrong = self._unexplained(graph, traced.placements, others, explained=others) if others else ()
         return frozenset(
             name
-            for name in doubtful
+            for name in others
             if wrong is None or any(r.initializer in wrong for r in traced.placements[name].recipes)
         )
 
@@ -329,6 +326,13 @@ def _arbitrary(value: Tensor, seed: int) -> Tensor:
     """Return values that no rule of an optimiser asks for, unlike those of any other parameter."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1.5).to(value.dtype)
+
+
+def _signed(value: Tensor) -> Tensor:
+    """Return the same magnitudes, every other one negative, the first among them."""
+    signs = torch.ones(value.numel(), dtype=value.dtype)
+    signs[::2] = -1
+    return value * signs.reshape(value.shape)
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:

@@ -8,7 +8,7 @@ batch size, in train and in eval. Everything is put back.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,13 @@ from lora_fx.passes.moved import note_written, written_in
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_state import cast_state
 from lora_fx.passes.other_inputs import Inputs, cases
-from lora_fx.passes.precisions import dtypes_through
+from lora_fx.passes.precisions import dtypes_through, halves_after
 from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
 from lora_fx.passes.random_adapters import held_active, random_adapters
 from lora_fx.passes.registers import plain
 from lora_fx.passes.replaced import replaced
 from lora_fx.passes.rounding import weights_rounded
-from lora_fx.passes.runtime import effective, raw
+from lora_fx.passes.runtime import Injected, effective, raw
 from lora_fx.passes.sharded import refuse_sharded
 from lora_fx.passes.slopes import outputs_and_slopes
 from lora_fx.passes.switch import adapter_sites, require, trained_names
@@ -75,6 +75,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
         attention_spelt_out(),
         casts_uncached(),
         random_adapters(model, name),
+        _trainable(_adapter_parameters(model, name)),
     ):
         for mode in _modes(model, notes):
             _note_writes(model, inputs, notes)
@@ -82,6 +83,7 @@ def verify(model: nn.Module, inputs: Inputs, adapter: str | None = None) -> Repo
                 label = f"{'train' if mode else 'eval'}, {case}"
                 found, problem = _compare(model, name, values, label)
                 comparisons += _judged(model, name, values, found, notes)
+                comparisons += _widened(model, name, values, label, notes) if found else []
                 if problem:
                     notes.append(problem)
     if not comparisons:
@@ -105,18 +107,50 @@ def _judged(
         return _within_rounding(model, adapter, inputs, found, notes)
     if not _all_in(model, torch.float32) or not _may_be_rounding(model, adapter, inputs, found):
         return found
-    wide = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
-    case = f"{found[0].case}, in float64"
-    with cast_state(model, torch.float64):
-        for _, module, _, spec in adapter_sites(model, adapter):
-            for key in trained_names(spec):
-                raw(module, key).requires_grad_(not spec.buffer)
+    again = _in(torch.float64, model, adapter, inputs, f"{found[0].case}, in float64", notes)
+    return again if again and all(c.ok for c in again) else found
+
+
+def _in(
+    dtype: torch.dtype, model: nn.Module, adapter: str, inputs: Inputs, case: str, notes: list[str]
+) -> list[Comparison] | None:
+    """Compare the model cast to another dtype; None where it does not run in it."""
+    cast = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    with cast_state(model, dtype), _trainable(_adapter_parameters(model, adapter)):
         try:
-            again, problem = _compare(model, adapter, wide, case)
-            again = _judged(model, adapter, wide, again, notes)
+            again, problem = _compare(model, adapter, cast, case)
+            return None if problem else _judged(model, adapter, cast, again, notes)
         except RuntimeError:  # what torch raises on dtypes that do not meet: the model has its own
-            return found
-    return again if problem is None and again and all(c.ok for c in again) else found
+            return None
+
+
+def _widened(model: nn.Module, adapter: str, inputs: Inputs, case: str, notes: list[str]) -> list[Comparison]:
+    """Compare a half-precision model in float32 too: what halves may lose hides a wrong factor."""
+    if not (_all_in(model, torch.bfloat16, adapter) or _all_in(model, torch.float16, adapter)):
+        return []
+    record, _ = require(model, adapter)
+    cast = map_tensors(inputs, lambda t: t.float() if t.is_floating_point() else t)
+    again: list[Comparison] | None = None
+    with cast_state(model, torch.float32), suppress(InputError):
+        if not halves_after(trace(model, cast).graph, record.plans[adapter]):
+            with _halves_of(record, adapter, frozenset()):
+                again = _in(torch.float32, model, adapter, inputs, f"{case}, in float32", notes)
+    if again is None:
+        notes.append(f"{case}: compared in half precision alone, since not all of the model runs in float32")
+    return again or []
+
+
+@contextmanager
+def _halves_of(record: Injected, adapter: str, halves: frozenset[torch.dtype]) -> Generator[None]:
+    """Say for a while that these are the half precisions after the adapter's weights."""
+    before = record.halves.get(adapter)
+    record.halves[adapter] = halves
+    try:
+        yield
+    finally:
+        record.halves.pop(adapter)
+        if before is not None:
+            record.halves[adapter] = before
 
 
 def _may_be_rounding(model: nn.Module, adapter: str, inputs: Inputs, found: list[Comparison]) -> bool:
@@ -156,8 +190,10 @@ def _moved_by_rounding(
     return moved
 
 
-def _all_in(model: nn.Module, dtype: torch.dtype) -> bool:
-    return {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}
+def _all_in(model: nn.Module, dtype: torch.dtype, apart: str | None = None) -> bool:
+    """Say whether all float parameters, without those of an adapter, have this dtype."""
+    own = set[int]() if apart is None else {id(p) for p in _adapter_parameters(model, apart)}
+    return {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in own} == {dtype}
 
 
 def _modes(model: nn.Module, notes: list[str]) -> Iterator[bool]:
@@ -261,6 +297,12 @@ def _run(
     if slopes is None:
         return outputs, {}
     return outputs, {id(p): g for p, g in zip(distinct, slopes, strict=True)}
+
+
+def _adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """Return what the adapter trains, or would: one that was loaded is frozen."""
+    found = (raw(m, n) for _, m, _, spec in adapter_sites(model, adapter) for n in trained_names(spec))
+    return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -203,6 +204,23 @@ def test_what_is_computed_from_a_parameter_is_no_factor_of_it(tmp_path: Path) ->
     torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-5, atol=1e-6)
     assert labels(base)["scales.0"] == "opaque"
     assert all(labels(base)[f"layers.{i}.weight"] == "transpose" for i in range(3))
+
+
+@pytest.mark.parametrize("of", [torch.relu, torch.abs, lambda w: w.clamp(min=0)])
+def test_a_function_that_leaves_positive_values_alone_is_no_copy(
+    of: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.linear(x, of(self.mix.weight), self.mix.bias))
+
+    base, _, certificate = export_pair(made(Net), ("mix.weight", "out.weight"), X, tmp_path)
+    assert certificate.ok
+    assert labels(base)["mix.weight"] == "opaque"
 
 
 def test_an_unused_weight_is_said_to_be_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +247,56 @@ def test_numbers_that_others_than_torch_draw(draw: Callable[[], float]) -> None:
     report = lora_fx.verify(model, x)
     assert report.ok, report
     assert next_draws() == expected
+
+
+def test_an_adapter_that_was_loaded_is_verified_and_stays_frozen(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    source = lora_fx.inject(nn.Sequential(nn.Linear(8, 8)), lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    lora_fx.save_adapter(source, tmp_path / "a.safetensors")
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.load_state_dict({key: source.state_dict()[key] for key in model.state_dict()})
+    lora_fx.load_adapter(model, tmp_path / "a.safetensors")
+    report = lora_fx.verify(model, x)
+    assert report.ok
+    assert {c.what for c in report.comparisons} == {"outputs", "0.weight"}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wrong_factor_is_found_where_half_precision_hides_it(dtype: torch.dtype) -> None:
+    layers = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+    model, x = nn.Sequential(*layers).to(dtype), torch.randn(4, 16).to(dtype)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    report = lora_fx.verify(model, x)
+    assert report.ok
+    assert any(c.case.endswith("in float32") and c.tolerance <= 1e-4 for c in report.comparisons)
+
+    def too_much(input: Tensor) -> Tensor:  # noqa: A002
+        module = model[2]
+        base = module._parameters["weight"]
+        return nn.functional.linear(input, base + (module.weight - base) * 1.05, module.bias)
+
+    model[2].forward = too_much
+    failed = lora_fx.verify(model, x).failures
+    assert failed
+    assert all("in float32" in c.case for c in failed if c.what == "outputs")
+
+
+class _AlwaysHalf(nn.Module):
+    """Computes in bfloat16 whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.bfloat16(), self.mix.weight.bfloat16(), self.mix.bias.bfloat16())
+
+
+def test_a_model_that_is_half_in_float32_too_is_compared_as_it_is() -> None:
+    model, x = _AlwaysHalf().bfloat16(), torch.randn(4, 8).bfloat16()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    report = lora_fx.verify(model, x)
+    assert report.ok
+    assert not any("in float32" in c.case for c in report.comparisons)
+    assert any("in half precision alone" in note for note in report.notes)
