@@ -214,6 +214,17 @@ def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int, scale
     return result.to(common).index_add(axis, index, update.to(common), alpha=scale).to(dtype)
 
 
+def strided_as(made: Tensor, weight: Tensor) -> Tensor:
+    """Return a new tensor with the strides of the weight that it stands for, where both are contiguous.
+
+    The strides of axes of one entry say which memory format it is in, and with it the kernel and the format
+    of what is computed: a 1x1 kernel in channels_last is contiguous, too.
+    """
+    if made.stride() == weight.stride() or not (made.is_contiguous() and weight.is_contiguous()):
+        return made
+    return made.as_strided(weight.shape, weight.stride())
+
+
 def rows_index(rows: Rows, device: torch.device) -> Tensor:
     """Return the row numbers that ``rows`` names, as an index tensor; of a band between them, none."""
     if not rows:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_fx.kinds.base import LivePart, LiveParts, rows_index
+from lora_fx.kinds.base import LivePart, LiveParts, rows_index, strided_as
 from lora_fx.matrix import MatrixForm, columns_form, rows_form
 
 
@@ -28,7 +28,7 @@ def low_rank_delta(form: MatrixForm, part: LivePart) -> Tensor:
 def effective_weight(
     base: Tensor, form: MatrixForm, parts: LiveParts, magnitude: Tensor | None = None
 ) -> Tensor:
-    """Return ``W``, added in float32 or wider and cast once to the dtype of ``W0``."""
+    """Return ``W``, added in float32 or wider and cast once to the dtype of ``W0``, in its format."""
     if not parts:
         raise RuntimeError("an adapter without parts")
     wide = torch.promote_types(parts[0].a.dtype, torch.promote_types(base.dtype, torch.float32))
@@ -37,7 +37,7 @@ def effective_weight(
         weight = _with_part(weight, form, part)
     if magnitude is not None:
         weight = _with_magnitude(weight, magnitude.to(wide), form)
-    return weight.to(base.dtype)
+    return strided_as(weight.to(base.dtype), base)
 
 
 def _with_part(weight: Tensor, form: MatrixForm, part: LivePart) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lora_fx.kinds import costs
-from lora_fx.kinds.base import LivePart, LiveParts
+from lora_fx.kinds.base import LivePart, LiveParts, strided_as
 from lora_fx.kinds.eager import plain_eager
 from lora_fx.kinds.expected import Expected, Work, added
 
@@ -173,7 +173,8 @@ def _scaled(small: Tensor, scale: float) -> Tensor:
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return ``W + scale B A`` in W's own shape and memory format."""
     if weight.is_contiguous():
-        return torch.addmm(weight.view(weight.shape[0], -1), b, a, alpha=scale).view(weight.shape)
+        flat = torch.addmm(weight.view(weight.shape[0], -1), b, a, alpha=scale)
+        return strided_as(flat.view(weight.shape), weight)
     return torch.add(weight, (b @ a).view(weight.shape), alpha=scale)
 
 

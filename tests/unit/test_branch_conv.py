@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora_fx
 from lora_fx.kinds import fused_conv
 from lora_fx.kinds.base import LivePart
 from lora_fx.kinds.conv import adapted_conv1d, adapted_conv2d, adapted_conv3d
@@ -95,6 +98,35 @@ def test_starts_bit_equal_and_keeps_the_memory_format() -> None:
             grad, expected = torch.autograd.grad(y.sum(), xs)[0], torch.autograd.grad(wanted.sum(), xs)[0]
             assert torch.equal(grad, expected)
             assert grad.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(16, 8, 1),
+        nn.Conv2d(16, 8, 1, groups=4),
+        nn.Conv2d(1, 8, 3),
+        nn.Conv2d(16, 32, 3, groups=16),
+        nn.ConvTranspose2d(16, 8, 1),
+        nn.ConvTranspose2d(16, 8, 1, groups=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compute", ["auto", "weight"])
+def test_a_kernel_with_axes_of_one_entry_keeps_its_memory_format(layer: nn.Conv2d, compute: Any) -> None:
+    model = nn.Sequential(layer).to(memory_format=torch.channels_last).requires_grad_(requires_grad=False)
+    x = torch.randn(2, layer.in_channels, 10, 10)
+    wanted = model(x)
+    assert layer.weight.is_contiguous()
+    assert wanted.is_contiguous(memory_format=torch.channels_last)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2, compute=compute)), x)
+    y = model(x)
+    with lora_fx.folded(model):
+        folded = model(x)
+    lora_fx.unload(model)
+    assert torch.equal(y, wanted)
+    assert torch.equal(folded, wanted)
+    assert y.stride() == folded.stride() == wanted.stride()
 
 
 def test_trained_weight_and_bias_get_their_gradients() -> None:
