@@ -67,6 +67,17 @@ class MatrixForm:
         """The largest rank that a matrix of this form can have."""
         return min(self.out_features, self.in_features)
 
+    def reads_as(self, other: MatrixForm) -> bool:
+        """Say whether both read the weight as the same matrices: an axis of one entry may be any."""
+        return self.experts == other.experts and self._long() == other._long()
+
+    def _long(self) -> tuple[tuple[int, ...], ...]:
+        """Return the view without its axes of one entry, and which of the others are batch, out and in."""
+        axes = [axis for axis, size in enumerate(self.view) if size != 1]
+        places = {axis: place for place, axis in enumerate(axes)}
+        kept = (tuple(places[a] for a in part if a in places) for part in (self.batch, self.out, self.inp))
+        return (tuple(self.view[axis] for axis in axes), *kept)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Read the weight as ``(out, in)``, or ``(E, out, in)`` where there is a batch."""
         stack = weight.reshape(self.view).permute(self.batch + self.out + self.inp)

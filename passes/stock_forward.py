@@ -140,9 +140,9 @@ def _parts_suffix(node: fx.Node, adapted: Branched) -> str | None:
     op = canonical_op(node.target)
     call = Call(op, node.args, node.kwargs)
     wanted = BY_OP[op].branch_form(call, adapted.form.shape)
-    if adapted.form == wanted:
+    if adapted.form.reads_as(wanted):
         return LORA_SUFFIX
-    return TRANSPOSED_SUFFIX if adapted.form == wanted.transposed and not adapted.rows else None
+    return TRANSPOSED_SUFFIX if adapted.form.reads_as(wanted.transposed) and not adapted.rows else None
 
 
 def _replace(graph: fx.Graph, node: fx.Node, read: fx.Node, branch: Branch, suffix: str) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.kinds.conv_transpose import conv_transpose_form
-from tests.by_hand import adapt, branched, check, doubled
+from tests.by_hand import adapt, branched, check, distance, doubled, randomise
 
 GEOMETRIES = {
     "plain": {},
@@ -29,6 +30,29 @@ def test_invariant(dims: int, geometry: str) -> None:
     adapt(model)
     assert branched(model) == {"0.weight"}
     check(model, *inputs)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose1d(4, 4, 3, groups=4),
+        nn.ConvTranspose1d(4, 8, 1, groups=2),
+        nn.ConvTranspose2d(4, 2, 3, groups=2),
+        nn.ConvTranspose2d(4, 8, 3, groups=4),
+    ],
+    ids=str,
+)
+def test_axes_of_one_entry_are_no_obstacle_to_a_branch(layer: nn.Module) -> None:
+    model, (x,) = doubled(nn.Sequential(layer), torch.randn(2, 4, *[5] * (layer.weight.dim() - 2)))
+    plain, dropped = (lora_fx.Policy(lora_fx.Rule(rank=2, dropout=p, compute="branch")) for p in (0.0, 0.5))
+    lora_fx.inject(model, plain, x, seed=0)
+    assert branched(model) == {"0.weight"}
+    randomise(model)
+    check(model, x)
+    lora_fx.unload(model)
+    lora_fx.inject(model.train(), dropped, x, seed=0)
+    randomise(model)
+    assert distance(model(x), model(x)) > 1e-6, "dropout acts on the branch's input"
 
 
 def test_output_size_and_unbatched_inputs() -> None:
