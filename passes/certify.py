@@ -29,7 +29,7 @@ from lora_fx.passes.certify_values import Pairs, value_checks
 from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_canonical import canonical
 from lora_fx.passes.onnx_diff import Comparison, compare
-from lora_fx.passes.onnx_feeds import random_feeds
+from lora_fx.passes.onnx_feeds import runnable_feeds
 from lora_fx.passes.onnx_files import file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data, read_map
@@ -201,7 +201,7 @@ def certify(
     evidence = examine(base_path, folded_path, weights, file, providers=providers)
     checks = list(evidence.checks)
     if evidence.base is not None:
-        checks.append(effect_check(evidence, random_feeds(evidence.base.session, seed=0)))
+        checks.append(effect_check(evidence, runnable_feeds(evidence.base.session, seed=0)))
     return Certificate(
         base_path.name,
         name or folded_path.name,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lora_fx.errors import InputError
 from lora_fx.latencies import Latency, Ratio
 from lora_fx.passes import onnx_files, onnx_parity
-from lora_fx.passes.onnx_feeds import Feeds, random_feeds
+from lora_fx.passes.onnx_feeds import Feeds, runnable_feeds
 from lora_fx.passes.onnx_session import open_session
 from lora_fx.providers import Providers, choose, onnxruntime
 
@@ -73,7 +73,7 @@ def compare_latency(
         if index == 0:
             _refuse_other_inputs(made[0], Path(base_onnx).name, made[1], Path(folded_onnx).name)
         if feeds is None:
-            feeds = random_feeds(made[0], seed=0)
+            feeds = runnable_feeds(made[0], seed=0)
         if index == 0:
             _refuse_misfit(made, feeds)
         runs = [_bound_run(made[which], feeds, runtime.first) for which in (0, 1, 2)]

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import InputError
+from lora_fx.passes.onnx_parity import RuntimeFault, run
 from lora_fx.passes.onnx_tensors import ort_value
+from lora_fx.providers import onnxruntime
+
+LENGTH = 16
+"""The size of open dimensions that come second or later."""
+OTHER_LENGTHS = (8, 4, 2, 1, 64, 224)
+"""Sizes that are tried where that is not accepted."""
 
 Feeds = Mapping[str, Any]
 """The runtime's own values by input name."""
@@ -27,11 +34,38 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def random_feeds(session: Any, *, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+def runnable_feeds(session: Any, *, seed: int) -> dict[str, Any]:
+    """Return random inputs of sizes that the session runs with, or of the first tried where it runs with none.
+
+    A dimension that a graph leaves open may have bounds that it does not declare: a table of positions.
+
+    Raises:
+        InputError: an input is of a type that no values are made for.
+    """
+    first = random_feeds(session, seed=seed)
+    if _runs(session, first) or all(isinstance(n, int) for item in session.get_inputs() for n in item.shape):
+        return first
+    others = (random_feeds(session, seed=seed, length=length) for length in OTHER_LENGTHS)
+    return next((feeds for feeds in others if _runs(session, feeds)), first)
+
+
+def _runs(session: Any, feeds: Feeds) -> bool:
+    options = onnxruntime().RunOptions()
+    options.log_severity_level = 4  # a refusal is an answer here, and no error to be told
+    try:
+        run(session, feeds, options)
+    except RuntimeFault:
+        return False
+    return True
+
+
+def random_feeds(
+    session: Any, *, seed: int, sizes: Mapping[str, int] | None = None, length: int = LENGTH
+) -> dict[str, Any]:
     """Return random inputs for a session.
 
     A varying dimension takes its size from ``sizes``, by the symbol's name, or else 2 where it comes
-    first and 16 elsewhere. Floats are normal; integers are 0 or 1, which are indices and mask values
+    first and ``length`` elsewhere. Floats are normal; integers are 0 or 1, which are indices and mask values
     in any model; booleans are true.
 
     Raises:
@@ -42,7 +76,7 @@ def random_feeds(session: Any, *, seed: int, sizes: Mapping[str, int] | None = N
     feeds: dict[str, Any] = {}
     for declared in session.get_inputs():
         shape = [
-            dim if isinstance(dim, int) else symbols.setdefault(str(dim), 2 if axis == 0 else 16)
+            dim if isinstance(dim, int) else symbols.setdefault(str(dim), 2 if axis == 0 else length)
             for axis, dim in enumerate(declared.shape)
         ]
         feeds[declared.name] = ort_value(_draw(declared.name, declared.type, shape, generator))

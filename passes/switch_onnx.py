@@ -38,7 +38,7 @@ from lora_fx.passes.certify import environment
 from lora_fx.passes.fold_onnx import check_base, relative, relocated
 from lora_fx.passes.onnx_adapter import base_map
 from lora_fx.passes.onnx_branches import add_inputs, branch_inputs
-from lora_fx.passes.onnx_feeds import random_feeds
+from lora_fx.passes.onnx_feeds import runnable_feeds
 from lora_fx.passes.onnx_patch import find_patches
 from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto, refuse_onto_data
 from lora_fx.passes.onnx_serve import adapted_session
@@ -200,7 +200,7 @@ def _checks(
         raise
     except Exception as error:  # noqa: BLE001 - onnxruntime's classes differ from version to version
         return (Check("runtime", ok=False, detail=str(error).strip().splitlines()[0], place="the file"),)
-    feeds = random_feeds(plain, seed=0)
+    feeds = runnable_feeds(plain, seed=0)
     held = onnx_files.load(base).graph.initializers.values()
     limit = max(TOLERANCE[_dtype(value)] for value in held if can_hold_weights(value.const_value))
     found: list[Check] = []

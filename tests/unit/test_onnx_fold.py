@@ -20,11 +20,13 @@ from lora_fx.matrix import columns_form, rows_form
 from lora_fx.passes import new_values, onnx_files
 from lora_fx.passes.certify import certify
 from lora_fx.passes.certify_values import ulps
+from lora_fx.passes.compare_latency import compare_latency
 from lora_fx.passes.export_onnx import export_onnx
 from lora_fx.passes.fold_onnx import fold_onnx
 from lora_fx.passes.onnx_diff import compare
 from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, DATA_KEY, PLAN_KEY, read_changes
 from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights
+from lora_fx.passes.switch_onnx import switch_onnx
 from lora_fx.plans import Plan
 from tests.told_progress import told_progress
 from tests.unit.onnx_adapters import adapter, subject_with
@@ -258,3 +260,30 @@ def test_another_adapter_fails_the_certificate(
     fewer = adapter(mixed, ("qkv.weight",))
     names = [check.name for check in certify(mixed_base, out, adapter=fewer).failures]
     assert "untouched" in names
+
+
+class Positions(nn.Module):
+    """A table of positions bounds a sequence that the graph leaves open."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.proj, self.positions = nn.Linear(6, 6), nn.Parameter(torch.randn(1, most, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.proj(x) + self.positions[:, : x.shape[1]]
+        return hidden
+
+
+@pytest.mark.parametrize("most", [7, 40])
+def test_a_sequence_bounded_by_a_table_is_tried_within_its_bounds(most: int, tmp_path: Path) -> None:
+    model = made(lambda: Positions(most))
+    base, task, switch = (tmp_path / name for name in ("base.onnx", "task.onnx", "switch.onnx"))
+    export_onnx(model, base, torch.randn(2, 5, 6))
+    file = adapter(model, ("proj.weight",))
+    certificate = fold_onnx(base, file, task)
+    assert certificate.ok
+    assert certificate["effect"].ok
+    session = onnxruntime.InferenceSession(base, providers=["CPUExecutionProvider"])
+    assert not isinstance(session.get_inputs()[0].shape[1], int), "the sequence is open"
+    assert compare_latency(base, task, seconds=0.02, sets=1, min_rounds=2).rounds >= 2
+    assert switch_onnx(base, file, switch).ok
