@@ -35,7 +35,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 def runnable_feeds(session: Any, *, seed: int) -> dict[str, Any]:
-    """Return random inputs of sizes that the session runs with, or of the first tried where it runs with none.
+    """Return random inputs of sizes that the session runs with, or of the first tried if with none.
 
     A dimension that a graph leaves open may have bounds that it does not declare: a table of positions.
 
