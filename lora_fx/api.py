@@ -186,6 +186,13 @@ def save_adapter(
     with first_process(model) as writes:
         if writes:
             written.write(target)
+            loose = switch.trainable_base(model)
+            if loose:
+                more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+                warn_user(
+                    f"base weights require a gradient and are not in the adapter's file: {loose[0]}{more}. "
+                    "Trained, they make another base of it; Train(...) trains and saves a whole weight."
+                )
             if moved:
                 text = unsaved_text(moved, "since inject the model moved its own buffers")
                 warn_user(f"{text}.")

@@ -100,13 +100,13 @@ def _refuse_dropout(decisions: Sequence[Decision]) -> None:
     bad = [d for d in decisions if d.dropout > 0 and d.form in ("weight", "mixed")]
     if bad:
         first = bad[0]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise PolicyError(
-            f"{first.name}{more}",
+            _and_more(bad),
             expected="dropout=0, since dropout acts on the input of a branch",
             got=f"dropout={first.dropout:g} where the adapter takes the {first.form} form "
             f"({first.form_reason})",
-            advice=f"Put Rule(name={first.name!r}, ...) without dropout before {first.rule}, or drop it.",
+            advice=f"Put Rule({_filter_of(bad, decisions)}, ...) without dropout before {first.rule}, "
+            "or drop it.",
         )
 
 
@@ -114,15 +114,30 @@ def _refuse_branch(decisions: Sequence[Decision], *, traced: bool) -> None:
     bad = [d for d in decisions if d.compute == "branch" and d.form in ("weight", "mixed")]
     if bad:
         first = bad[0]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        before = f"Put Rule({_filter_of(bad, decisions)}, ...) without compute before {first.rule}"
         raise PolicyError(
-            f"{first.name}{more}",
+            _and_more(bad),
             expected="a branch at every use, as compute='branch' asks",
             got=f"the {first.form} form ({first.form_reason})",
-            advice=f"Put Rule(name={first.name!r}, ...) without compute before {first.rule}, or drop it."
-            if traced
-            else "Pass example_inputs.",
+            advice=f"{before}, or drop it." if traced else "Pass example_inputs.",
         )
+
+
+def _and_more(bad: Sequence[Decision]) -> str:
+    return bad[0].name + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+
+
+def _filter_of(bad: Sequence[Decision], decisions: Sequence[Decision]) -> str:
+    """Return a rule's filter for all of these decisions: their kinds, where these hold no others."""
+    kinds = sorted({d.site.kind for d in bad})
+    names = [d.name for d in bad]
+    if len(names) > 1 and all(d in bad for d in decisions if d.action == "adapt" and d.site.kind in kinds):
+        return f"kind={_one_or_all(kinds)!r}"
+    return f"name={_one_or_all(names)!r}"
+
+
+def _one_or_all(values: Sequence[str]) -> str | tuple[str, ...]:
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 LARGE = 1 << 28

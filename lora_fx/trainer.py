@@ -38,6 +38,16 @@ class AdapterCheckpoints:
         accelerator: Any
         push_to_hub: Any
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does.
+
+        Raises:
+            AdapterNameError: the model has no adapters; nothing has been trained.
+        """
+        require(self._injected(), None)
+        trainer: Any = super()
+        return trainer.train(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write every adapter into the folder; what is sharded is gathered by all processes."""
         self._save(output_dir)
@@ -87,7 +97,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     """``transformers.Trainer`` with checkpoints of the adapters alone.
 
     Raises:
-        AdapterNameError: the model has no adapters when a checkpoint is written.
+        AdapterNameError: the model has no adapters when training begins.
     """
 
 

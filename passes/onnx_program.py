@@ -157,9 +157,18 @@ def program(
         type(model).__name__,
         expected="a model that torch.onnx.export can translate",
         got=got,
-        advice="The model itself is at fault or torch.onnx.export lacks an operator; "
-        "torch.onnx.export(model, inputs, dynamo=True, report=True) writes a full report.",
+        advice=_GROUPED if "grouped_mm" in got else _REPORT,
     ) from last
+
+
+_REPORT = (
+    "The model itself is at fault or torch.onnx.export lacks an operator; "
+    "torch.onnx.export(model, inputs, dynamo=True, report=True) writes a full report."
+)
+_GROUPED = (
+    "ONNX has no grouped product: let the experts compute otherwise for the export (transformers: "
+    'model.set_experts_implementation("batched_mm")).'
+)
 
 
 def _holds(model: nn.Module, kind: str) -> ExportError:

@@ -71,6 +71,19 @@ def require(model: nn.Module, adapter: str | None) -> tuple[Injected, str]:
     return record, name
 
 
+def trainable_base(model: nn.Module) -> list[str]:
+    """Return the names of base parameters that require a gradient, by their first names."""
+    added = {id(raw(m, n)) for m in model.modules() for n in _added(m)}
+    return [plain(n) for n, p in model.named_parameters() if p.requires_grad and id(p) not in added]
+
+
+def _added(module: nn.Module) -> Iterator[str]:
+    held = binding(module)
+    for specs in () if held is None else held.sites.values():
+        for spec in specs.values():
+            yield from spec.names
+
+
 def trained_parameters(model: nn.Module, adapter: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return what an adapter trains, each Parameter once: (all but B, the B matrices)."""
     reshard(model)  # an optimiser given FSDP2's gathered copies would train what is thrown away

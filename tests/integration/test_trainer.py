@@ -87,6 +87,14 @@ def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(tmp_path: Path) 
     assert not torch.equal(lora_fx.parameters(alone)[0], lora_fx.parameters(whole)[0])
 
 
+def test_a_model_without_adapters_is_not_trained(tmp_path: Path) -> None:
+    model = lora_fx.unload(adapted())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(lora_fx.AdapterNameError, match="without"):
+        trainer(model, tmp_path).train()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = adapted()
     # The "best" is the one of the greatest loss: the first, so that loading it shows.

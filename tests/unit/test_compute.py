@@ -534,3 +534,13 @@ def test_compilers_compile_once_for_each_state(compute: str) -> None:
             compiled(x)
         compiled(x)
     assert len(frames) == 2
+
+
+def test_the_refusal_names_every_weight_that_has_no_branch() -> None:
+    model, x = nn.Sequential(nn.LSTM(4, 4, num_layers=2)), torch.randn(3, 2, 4)
+    with pytest.raises(lora_fx.PolicyError, match=r"Rule\(kind='recurrent', \.\.\.\) without compute"):
+        lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule(rank=2, compute="branch")), x)
+    asked = lora_fx.Rule(rank=2, compute="branch", name=("*ih_l0", "*ih_l1"))
+    named = r"Rule\(name=\('0\.weight_ih_l0', '0\.weight_ih_l1'\), \.\.\.\)"
+    with pytest.raises(lora_fx.PolicyError, match=named):
+        lora_fx.plan(model, lora_fx.Policy(asked, lora_fx.Rule(rank=2)), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -550,3 +551,13 @@ def test_a_plan_that_trains_nothing_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="adapts and trains nothing"):
         subject = lora_fx.inject(model(), Policy(lora_fx.Skip(name="*")), X)
     assert not lora_fx.parameters(subject)
+
+
+def test_saving_warns_of_a_base_that_can_be_trained(tmp_path: Path) -> None:
+    subject = lora_fx.inject(model(0), Policy(Rule(rank=2)), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_fx.save_adapter(subject, tmp_path / "a.safetensors")
+    subject.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"0\.weight and \d+ more"):
+        lora_fx.save_adapter(subject, tmp_path / "a.safetensors")
