@@ -45,6 +45,8 @@ def kept(
 
     ``small`` are the adapter's tensors; the weight depends on them, on ``base`` and ``scale`` alone.
     """
+    if torch.compiler.is_compiling():
+        return compute()  # compilers cannot follow a look into weak references
     if not _may_keep(module, (base, *small)):
         if module in _weights:
             del _weights[module]
@@ -79,6 +81,6 @@ def _crossing(base: Tensor) -> Tensor:
 
 
 def _may_keep(module: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
-    if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or module.training:
         return False
     return all(type(t) in _PLAIN and t.device.type == "cpu" and not t.is_inference() for t in tensors)
