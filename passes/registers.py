@@ -6,13 +6,15 @@ of all below. Adapters keep the names without, so that what is saved there loads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the module's live register of parameters: writing to it registers; of a scripted one, a copy."""
-    register = module.__dict__["_parameters"]
+    register: Any = module.__dict__.get("_parameters")
     # The question about scripted modules costs more than all the rest, and this is asked in every forward.
     if type(register) is not dict and isinstance(module, torch.jit.ScriptModule):
         return dict(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -21,7 +23,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's live register of buffers: writing to it registers; of a scripted one, a copy."""
-    register = module.__dict__["_buffers"]
+    register: Any = module.__dict__.get("_buffers")
     # The question about scripted modules costs more than all the rest, and this is asked in every forward.
     if type(register) is not dict and isinstance(module, torch.jit.ScriptModule):
         return dict(module.named_buffers(recurse=False, remove_duplicate=False))
