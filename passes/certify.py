@@ -32,7 +32,7 @@ from lora_fx.passes.onnx_diff import Comparison, compare
 from lora_fx.passes.onnx_feeds import runnable_feeds
 from lora_fx.passes.onnx_files import file_sha256
 from lora_fx.passes.onnx_mapping import MAPPING_KEY, ParameterMap
-from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_data, read_map
+from lora_fx.passes.onnx_metadata import BASE_DATA_KEY, read_changes, read_data, read_map
 from lora_fx.passes.onnx_runtime import Opened, Refused, open_pair
 from lora_fx.passes.onnx_tensors import same_tensor
 from lora_fx.passes.weights import Weights, adapter_weights
@@ -86,7 +86,10 @@ def examine(
     notes: list[str] = []
     pairs = comparison.pairs if comparison.difference is None else _by_name(base, folded)
     mapping = read_map(base) if file is None else base_map(base, file)
-    checks += [*_value_checks(base, pairs, mapping, weights, derived, notes), *data]
+    if weights is None:
+        checks += [_changed(pairs, _noted(base, folded), notes), *data]
+    else:
+        checks += [*_value_checks(base, pairs, mapping, weights, derived, notes), *data]
     try:
         first, second = open_pair(base_path, folded_path, runtime, notes)
     except Refused as error:
@@ -128,19 +131,42 @@ def _value_checks(
     base: ir.Model,
     pairs: Pairs,
     mapping: ParameterMap | None,
-    weights: Weights | None,
+    weights: Weights,
     derived: ir.Model | None,
     notes: list[str],
 ) -> Sequence[Check]:
-    if weights is not None and mapping is not None:
-        if MAPPING_KEY not in base.metadata_props:
-            notes.append("the base file has no map of its parameters: they were found by their fingerprints")
-        return value_checks(base, pairs, mapping, weights, derived)
+    if mapping is None:
+        return [_changed(pairs, None, notes)]
+    if MAPPING_KEY not in base.metadata_props:
+        notes.append("the base file has no map of its parameters: they were found by their fingerprints")
+    return value_checks(base, pairs, mapping, weights, derived)
+
+
+def _noted(base: ir.Model, folded: ir.Model) -> frozenset[str] | None:
+    """Return where the base holds what the folded file says that it changes, if both say so."""
+    changes, mapping = read_changes(folded.metadata_props), read_map(base)
+    if not changes or mapping is None:
+        return None
+    placements = [placement for name in changes if (placement := mapping.find(name)) is not None]
+    recipes = (recipe.initializer for placement in placements for recipe in placement.recipes)
+    return frozenset((*recipes, *(each for placement in placements for each in placement.opaque)))
+
+
+def _changed(pairs: Pairs, noted: frozenset[str] | None, notes: list[str]) -> Check:
+    """Tell which initializers differ; where the folded file says which it changes, no other may."""
     changed = sorted(b.name or "" for b, o in pairs if not same_tensor(b.const_value, o.const_value))
-    notes.append("which initializers should have changed is not known: no adapter was given")
+    data = {"changed": changed}
+    foreign = [name for name in changed if noted is not None and name not in noted]
+    if foreign:
+        detail = f"differs, where the file says that it changes nothing ({len(foreign)} such): another base?"
+        return Check("changed", ok=False, detail=detail, place=f"initializer {foreign[0]!r}", data=data)
+    if noted is None:
+        notes.append("which initializers should have changed is not known: no adapter was given")
+    else:
+        notes.append("by how much initializers should have changed is not known: no adapter was given")
     detail = f"{len(changed)} of {len(pairs)} initializers differ" + ": " * bool(changed)
     detail += ", ".join(changed[:5])
-    return [Check("changed", ok=bool(changed), detail=detail, place="the weights", data={"changed": changed})]
+    return Check("changed", ok=bool(changed), detail=detail, place="the weights", data=data)
 
 
 def _base_data(folded: ir.Model, folder: Path) -> Check:
@@ -187,7 +213,8 @@ def certify(
     """Return the certificate of a folded file against its base.
 
     With the adapter, the changed initializers are checked against what it makes of the base's own
-    weights; without, only which of them changed is reported. ``name`` is what the certificate calls
+    weights; without, which of them changed is reported, and compared with what the file itself says that
+    it changes. ``name`` is what the certificate calls
     the folded file (None: as it is called).
 
     Raises:

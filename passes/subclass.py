@@ -26,6 +26,7 @@ from lora_fx.passes import root
 from lora_fx.passes.assigning import delattr_of, loader_of, register_parameter
 from lora_fx.passes.graph_copies import deepcopy_graph, reduce_graph
 from lora_fx.passes.guard import guarded
+from lora_fx.passes.inner_forwards import cells_of, point
 from lora_fx.passes.registers import own_parameters
 from lora_fx.passes.runtime import (
     BINDING,
@@ -54,7 +55,9 @@ def attach(module: nn.Module) -> None:
     """Give the module the subclass that its Binding calls for; its own class where nothing is left."""
     held = module.__dict__[BINDING]
     forward, former = _forward(module, held), type(module).forward
+    wrapped = list(cells_of(module, former))
     _set_class(module, _subclass(held.base_class, frozenset(held.sites), forward, is_root=held.root))
+    point(module, wrapped)
     _rebind(module, held, former)
 
 
@@ -62,7 +65,9 @@ def detach(module: nn.Module) -> None:
     """Give the module its own class and its own instance-level forwards back."""
     held: Binding = module.__dict__[BINDING]
     former = type(module).forward
+    wrapped = list(cells_of(module, former))
     _set_class(module, held.base_class)
+    point(module, wrapped)
     for attribute, value in held.rebound.items():
         module.__dict__[attribute] = value
     held.rebound.clear()

@@ -131,3 +131,16 @@ def test_a_change_is_known_by_every_name_of_its_module(tmp_path: Path) -> None:
     assert certificate.ok
     found = lora_fx.session(tmp_path / "task.onnx").run(None, {"x": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_another_base_of_the_same_graph_is_told_without_the_adapter(tmp_path: Path) -> None:
+    model = trained(made(Mixed), POLICIES["roles"], IMAGE).eval()
+    lora_fx.export_onnx(model, tmp_path / "task.onnx", IMAGE, base=tmp_path / "base.onnx")
+    right = lora_fx.certify(tmp_path / "base.onnx", tmp_path / "task.onnx")
+    assert right.ok
+    assert any("by how much" in note for note in right.notes)
+    lora_fx.export_onnx(made(Mixed, seed=5).eval(), tmp_path / "other.onnx", IMAGE)
+    wrong = lora_fx.certify(tmp_path / "other.onnx", tmp_path / "task.onnx")
+    assert not wrong.ok
+    assert "another base?" in wrong["changed"].detail
+    assert wrong["structure"].ok

@@ -317,3 +317,37 @@ def test_copies_of_graph_modules(how: str) -> None:
             assert distance(other(X), base) == 0
         lora_fx.unload(other)
         assert torch.equal(other(X), base)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_function_over_a_modules_forward_follows_its_class(when: str) -> None:
+    def wrap(module: nn.Module) -> None:
+        inner = module.forward
+        module.forward = lambda *args, **kwargs: 2 * inner(*args, **kwargs)
+
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double(), torch.randn(3, 6).double()
+    base = copy.deepcopy(model)
+    wrap(base[2])
+    if when == "before":
+        wrap(model[2])
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    if when == "after":
+        wrap(model[2])
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.normal_()
+    wanted = model(x)
+    assert lora_fx.verify(model, x).ok
+    with lora_fx.folded(model):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(x), wanted)
+    lora_fx.unload(model)
+    assert torch.equal(model(x), base(x))
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    assert torch.equal(model(x), base(x))
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.normal_()
+    wanted = model(x)
+    lora_fx.fold(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
