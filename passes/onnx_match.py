@@ -21,8 +21,8 @@ from lora_fx.fingerprints import Fingerprint, fingerprint
 from lora_fx.passes.onnx_canonical import all_initializers
 from lora_fx.passes.onnx_mapping import ParameterMap, Placement, Recipe, Run, Scale
 from lora_fx.passes.onnx_tensors import as_torch, can_hold_weights, dtype_name, same_bits, sha256, shape_of
+from lora_fx.passes.onnx_unmerge import FOLDED_FROM
 
-_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _MAX_SCALED = 4
 
 
@@ -105,7 +105,7 @@ def provenance(initializers: Iterable[ir.Value]) -> dict[str, list[ir.Value]]:
     for value in initializers:
         if not can_hold_weights(value.const_value):
             continue
-        noted = value.metadata_props.get(_FOLDED_FROM)
+        noted = value.metadata_props.get(FOLDED_FROM)
         origins = {value.name or "", *(ast.literal_eval(noted) if noted else ())}
         for origin in origins:
             found.setdefault(origin, []).append(value)

@@ -29,6 +29,7 @@ from lora_fx.passes.onnx_inputs import Axes, batch_size, tensors, varying, with_
 from lora_fx.passes.onnx_quiet import quiet
 from lora_fx.passes.onnx_subject import Inputs
 from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
+from lora_fx.passes.onnx_unmerge import unmerge
 
 _UNKNOWN_OUTPUT = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
 """What torch says of an output that holds an object which is neither a tensor nor a known container."""
@@ -92,6 +93,7 @@ class Program:
                 got=reason(error),
                 advice="torch.onnx.export fails on the base alike: write that operation otherwise.",
             ) from error
+        unmerge(model, self.model)
         _mend_types(model)
         return model
 

@@ -206,6 +206,34 @@ def test_what_is_computed_from_a_parameter_is_no_factor_of_it(tmp_path: Path) ->
     assert all(labels(base)[f"layers.{i}.weight"] == "transpose" for i in range(3))
 
 
+@pytest.mark.parametrize("name", ["scales.1", "offsets.1"])
+def test_a_change_to_what_equal_constants_are_computed_from(name: str, tmp_path: Path) -> None:
+    base, _, certificate = export_pair(made(_Temperatures), (name, "layers.1.weight"), X, tmp_path)
+    assert certificate.ok
+    assert labels(base)[name] == "opaque"
+
+
+class _Gate(nn.Module):
+    """One parameter of which two expressions are equal at its start, and one that is used twice alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gate, self.gain = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.left(x) * self.gate.sigmoid() + self.right(x) * (1 - self.gate.sigmoid())
+        return (mixed * self.gain.exp()).tanh() * self.gain.exp()
+
+
+def test_a_change_to_a_gate_that_starts_in_the_middle(tmp_path: Path) -> None:
+    base, _, certificate = export_pair(made(_Gate), ("gate", "gain"), X, tmp_path)
+    assert certificate.ok
+    assert certificate["derived"].ok
+    floats = [v for v in load(base).graph.initializers.values() if v.shape == (8,)]
+    assert len(floats) == 2 + 2 + 1  # biases, both sides of the gate, one gain
+
+
 @pytest.mark.parametrize("of", [torch.relu, torch.abs, lambda w: w.clamp(min=0)])
 def test_a_function_that_leaves_positive_values_alone_is_no_copy(
     of: Callable[[Tensor], Tensor], tmp_path: Path
