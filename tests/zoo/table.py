@@ -59,7 +59,8 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
     certified = sum(_certified(row) == "ok" for row in built)
     per = Counter(row["name"].partition("/")[0] for row in built)
     intro = (
-        f"Measured {_dates(built)}, on the CPU, one thread a model, on a machine",
+        f"Measured {_dates(built)}; the ONNX files {_dates([r['files'] for r in built if 'files' in r])};",
+        "on the CPU, one thread a model, on a machine",
         "shared with other work (read the seconds against each other). Random weights, tiny configurations.",
         "The policy asks for everything: `Policy(Rule(rank=2))`. `make zoo` measures again, and a row that",
         "a file already holds is kept: rows of one table may come from successive commits.",
