@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import lora_fx
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+SEEN = 1e-4
+"""A difference, relative by norm, that no rounding makes."""
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
@@ -36,14 +38,19 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float | None = None) 
     assert found.shape == wanted.shape, f"{found.shape} is not {wanted.shape}"
     size = float(wanted.norm())
     assert 0 < size < float("inf"), f"the reference has the norm {size}"
-    difference = float((found - wanted).norm()) / size
+    difference = distance(found, wanted)
     assert difference <= limit, f"differs by {difference:.3g}, more than {limit:g}"
 
 
 def assert_differs(found: Tensor, wanted: Tensor) -> None:
     """The two tensors are not the same, by more than rounding."""
-    difference = float((found - wanted).norm() / wanted.norm())
-    assert difference > 1e-4, f"differs by {difference:.3g} only: the comparison would prove nothing"
+    difference = distance(found, wanted)
+    assert difference > SEEN, f"differs by {difference:.3g} only: the comparison would prove nothing"
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Return how far two tensors are apart, by norm, relative to the second."""
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def assert_only_adapters_learn(model: nn.Module, x: Tensor) -> None:
