@@ -44,11 +44,14 @@ def gradients_compared(
     case: str,
     largest: float,
     through: frozenset[torch.dtype],
+    *,
+    noise: bool = False,
 ) -> Comparison:
     """Compare one adapter's gradients as one vector; gradients may lose ten times what outputs may.
 
     Where both are nothing but rounding beside the largest gradient of the model (a weight before a
-    normalisation of single numbers), their difference is taken against that one; where one is small (the
+    normalisation of single numbers), or are known to be ``noise``, their difference is taken against that
+    one; where one is small (the
     query of keys that are nearly alike), a few roundings of the largest are no difference.
     """
     pairs = [(g, w) for g, w in zip(found, wanted, strict=True) if g is not None or w is not None]
@@ -60,7 +63,7 @@ def gradients_compared(
     tolerance = min(HALF, GRADIENTS * tolerance_of(TOLERANCES, dtype, *through))
     rounding = torch.finfo(dtype).eps * largest
     gap = size([got - expected])
-    if max(size([got]), size([expected])) <= ROUNDING * rounding:
+    if noise or max(size([got]), size([expected])) <= ROUNDING * rounding:
         return Comparison(case, name, gap / largest if largest else 0.0, tolerance)
     if gap <= DISCOUNT * rounding:
         return Comparison(case, name, 0.0, tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import InputError
 from lora_fx.passes import comparing
+from lora_fx.passes import verify as verify_pass
 from lora_fx.passes.comparing import gradients_compared
 from lora_fx.passes.precisions import dtypes_through
 from tests.property.building import build
@@ -46,6 +48,45 @@ def test_a_few_roundings_of_the_largest_gradient_are_no_difference() -> None:
     for roundings, fine in ((comparing.DISCOUNT, True), (4 * comparing.DISCOUNT, False)):
         found: list[Tensor | None] = [torch.full((1,), 1e-12 + 0.9 * roundings * step, dtype=torch.float64)]
         assert gradients_compared("w", found, right, "eval", 1.0, held).ok is fine
+
+
+def test_a_gradient_that_is_noise_is_compared_beside_the_largest() -> None:
+    step, held = 1e-9, frozenset({torch.float64})
+    noise: list[Tensor | None] = [torch.full((1,), 1e-12, dtype=torch.float64)]
+    other: list[Tensor | None] = [torch.full((1,), -1e-12, dtype=torch.float64)]
+    fault: list[Tensor | None] = [torch.full((1,), 2 * step, dtype=torch.float64)]
+    assert not gradients_compared("bias", other, noise, "train", 1.0, held).ok
+    assert gradients_compared("bias", other, noise, "train", 1.0, held, noise=True).ok
+    assert not gradients_compared("bias", fault, noise, "train", 1.0, held, noise=True).ok
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_bias_that_a_normalisation_takes_away(fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slope is zero, but for the roundings of a normalisation over nearly equal rows."""
+    layers = (Layer("addmm", bias=False), Layer("right", bias=False), Layer("batch_norm"))
+    model, x = build(ModelSpec(layers, head="none", length=2, seed=0), torch.float32)
+    rule = lora_fx.Rule(rank=3, init="pissa")
+    lora_fx.inject(model, lora_fx.Policy(rule, bias="all", norm_stats="train"), x, seed=0)
+    if fault:
+        run = verify_pass.injected_run
+
+        def wrong(*given: Any) -> verify_pass.Run:
+            found = run(*given)
+            slopes = found.gradients["layers.2.0.bias"]
+            largest = max(comparing.size(g) for g in found.gradients.values())
+            slope = slopes[0]
+            assert slope is not None
+            slope.add_(1e-3 * largest)
+            return found
+
+        monkeypatch.setattr(verify_pass, "injected_run", wrong)
+    report = lora_fx.verify(model, x)
+    assert report.ok is not fault
+    assert ("layers.2.0.bias" in {c.what for c in report.failures}) is fault
+    assert (
+        any(c.what == "layers.2.0.bias" and c.case.endswith("in float64") for c in report.comparisons)
+        is not fault
+    )
 
 
 class _Sparse(nn.Module):
