@@ -63,7 +63,6 @@ class Base:
 
     serial: int
     geometry: Geometry
-    span: tuple[int, int]
     node: fx.Node | Make
     version: int = 0
     held: Tensor | None = None
@@ -123,11 +122,11 @@ class Aliases:
 
     def external(self, tensor: Tensor, make: Make) -> None:
         """Enter a tensor that exists before the run; its node is made when it is first read."""
-        self._enter(tensor, make, held=tensor)
+        self._enter(tensor, make, geometry_of(tensor), held=tensor)
 
-    def result(self, tensor: Tensor, node: fx.Node | Make) -> None:
-        """Enter a tensor that a call returned."""
-        self._enter(tensor, node, held=None)
+    def result(self, tensor: Tensor, node: fx.Node | Make, geometry: Geometry | None) -> None:
+        """Enter a tensor that a call returned, which lies in its storage like this."""
+        self._enter(tensor, node, geometry, held=None)
 
     def rebind(self, tensor: Tensor, node: fx.Node) -> None:
         """Let another node stand for a tensor whose value has not changed."""
@@ -191,16 +190,16 @@ class Aliases:
         if (value := self._known.get(source)) is not None:
             self._known[tensor] = _Value(value.base, value.node, value.version)
 
-    def _enter(self, tensor: Tensor, node: fx.Node | Make, held: Tensor | None) -> None:
-        geometry = geometry_of(tensor)
+    def _enter(
+        self, tensor: Tensor, node: fx.Node | Make, geometry: Geometry | None, held: Tensor | None
+    ) -> None:
         storage = None if geometry is None else _storage(tensor)
         if geometry is None or storage is None:
             self._known[tensor] = _Value(None, node, 0)
             return
-        span = geometry.span
-        base = self._containing(storage, span)
+        base = self._containing(storage, geometry)
         if base is None:
-            base = Base(next(self._serials), geometry, span, node, held=held)
+            base = Base(next(self._serials), geometry, node, held=held)
             self._bases.setdefault(storage.cdata, (storage, []))[1].append(base)
         self._known[tensor] = _Value(base, node, base.version)
 
@@ -209,13 +208,19 @@ class Aliases:
         storage = None if geometry is None else _storage(tensor)
         if geometry is None or storage is None:
             return None
-        base = self._containing(storage, geometry.span)
+        base = self._containing(storage, geometry)
         return base if base is not None and base.geometry.dtype == geometry.dtype else None
 
-    def _containing(self, storage: StorageWeakRef, span: tuple[int, int]) -> Base | None:
+    def _containing(self, storage: StorageWeakRef, geometry: Geometry) -> Base | None:
         _, bases = self._bases.get(storage.cdata, (None, ()))
-        first, last = span
-        return next((b for b in bases if b.span[0] <= first and last <= b.span[1]), None)
+        for base in bases:
+            if base.geometry == geometry:
+                return base
+            first, last = geometry.span
+            start, end = base.geometry.span
+            if start <= first and last <= end:
+                return base
+        return None
 
     def _regenerate(self, tensor: Tensor, base: Base) -> fx.Node:
         geometry = geometry_of(tensor)

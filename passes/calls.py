@@ -11,8 +11,22 @@ from torch import Tensor
 from lora_fx.kinds.names import canonical_op
 
 Path = tuple[int, ...]
-_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 """What most arguments are, that hold no tensor."""
+
+
+class Function(NamedTuple):
+    """What is known of an intercepted function, whatever it is called with."""
+
+    func: Any
+    op: str
+    """Its canonical name; that of reading ``x.T`` is ``"T"``."""
+    name: str
+    in_place: bool
+    """Whether its name says that it writes into its first argument."""
+    operator: bool
+    """Whether it is an operator with a schema, which says what it writes into."""
+    method: bool
 
 
 class Outcome(NamedTuple):
@@ -22,7 +36,7 @@ class Outcome(NamedTuple):
     changed: list[Tensor]
     given: list[Tensor]
 
-    def written(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def written(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the arguments that the call wrote into; views of them share their version."""
         if "out" in kwargs:
             named: list[Tensor] = []
@@ -32,11 +46,13 @@ class Outcome(NamedTuple):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         # An inference tensor has no version to compare: its operation's name must do.
         touched = first is not None and (first.is_inference() or any(first is t for t in self.changed))
-        if first is not None and touched and (_in_place(op) or kwargs.get("inplace")):
+        if first is not None and touched and (function.in_place or kwargs.get("inplace")):
             return [first]
+        moved = _statistics(function.op, args, kwargs)
+        if not self.changed and not moved:
+            return []
         returned = [t for t in self.changed if any(t is r for _, r in self.made)]
-        found = returned or [*self.changed, *_statistics(op, args, kwargs)]
-        return list({id(t): t for t in found}.values())
+        return list({id(t): t for t in returned or [*self.changed, *moved]}.values())
 
     @property
     def untouched(self) -> bool:
@@ -44,14 +60,14 @@ class Outcome(NamedTuple):
         return len(self.made) == 1 and any(self.made[0][1] is t for t in self.given)
 
 
-def _in_place(op: str) -> bool:
-    return (op.endswith("_") and op != "requires_grad_") or op == "setitem"
+_MOVING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+"""The sixth argument of what moves running statistics: whether it does."""
 
 
 def _statistics(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the running statistics that a normalisation moves, which no version tells."""
-    flag = {"batch_norm": (5, "training"), "instance_norm": (5, "use_input_stats")}.get(op)
-    if flag is None or not (args[flag[0]] if len(args) > flag[0] else kwargs.get(flag[1])):
+    flag = _MOVING.get(op)
+    if flag is None or not (args[5] if len(args) > 5 else kwargs.get(flag)):
         return []
     held = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
     return [t for t in held if isinstance(t, Tensor)]
@@ -63,7 +79,7 @@ def collect(value: Any, into: list[Tensor]) -> None:
         for item in value:
             if isinstance(item, Tensor):
                 into.append(item)
-            elif type(item) not in _PLAIN:
+            elif type(item) not in PLAIN:
                 collect(item, into)
     elif isinstance(value, Tensor):
         into.append(value)
@@ -87,12 +103,24 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def op_of(func: Any) -> str:
-    """Return the canonical name of an intercepted function; reading ``x.T`` is ``"T"``."""
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """Return the versions of several tensors."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:  # one of them is an inference tensor
+        return [version_of(t) for t in tensors]
+
+
+def read_function(func: Any) -> Function:
+    """Return what is known of an intercepted function."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return descriptor_name(func)
-    return "__set__" if name == "__set__" else canonical_op(func)
+        op = descriptor_name(func)
+    else:
+        op = "__set__" if name == "__set__" else canonical_op(func)
+    in_place = (op.endswith("_") and op != "requires_grad_") or op == "setitem"
+    method = getattr(torch.Tensor, name, None) is func
+    return Function(func, op, name, in_place, hasattr(func, "_schema"), method)
 
 
 def descriptor_name(func: Any) -> str:
@@ -102,14 +130,16 @@ def descriptor_name(func: Any) -> str:
     return str(getattr(descriptor, "__name__", None) or getattr(getter, "__name__", "attribute"))
 
 
-def may_write(func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def may_write(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Say whether a call could write into its arguments; batch norm's buffers are kept elsewhere.
 
     The functions of ``torch.nn.functional`` hand on their options by keyword, whatever the caller did.
     """
-    if _in_place(op) or "out" in kwargs or kwargs.get("inplace") or kwargs.get("max_norm") is not None:
+    if function.in_place or (function.operator and schema_writes(function.func, args, kwargs)):
         return True
-    return hasattr(func, "_schema") and bool(schema_writes(func, args, kwargs))
+    return bool(kwargs) and (
+        "out" in kwargs or bool(kwargs.get("inplace")) or kwargs.get("max_norm") is not None
+    )
 
 
 def schema_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -122,17 +152,18 @@ def schema_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return found
 
 
-def spell(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+_OPERATORS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+
+
+def spell(function: Function, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """Return the node kind, target and arguments that write a call down."""
-    name = getattr(func, "__name__", "")
+    name = function.name
     if name == "__get__":
-        return "call_function", getattr, (args[0], descriptor_name(func))
-    if name == "__getitem__":
-        return "call_function", operator.getitem, args
-    if name == "__setitem__":
-        return "call_function", operator.setitem, args
+        return "call_function", getattr, (args[0], function.op)
+    if name in _OPERATORS:
+        return "call_function", _OPERATORS[name], args
     if name == "__rmatmul__":
         return "call_function", torch.matmul, (args[1], args[0])
-    if args and isinstance(args[0], Tensor) and getattr(torch.Tensor, name, None) is func:
+    if function.method and args and isinstance(args[0], Tensor):
         return "call_method", name, args
-    return "call_function", func, args
+    return "call_function", function.func, args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,16 +19,16 @@ class ModuleStack:
     ``forward`` is called past its hooks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._paths = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[str] = []
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._paths = {id(module): name for name, module in modules.items()}
+        self._stack = [""]
         self._thread = threading.get_ident()
         self._raised: tuple[BaseException | None, str] = (sys.exc_info()[1], "")
 
     @property
     def path(self) -> str:
         """The path of the innermost module whose forward is running."""
-        return self._stack[-1] if self._stack else ""
+        return self._stack[-1]
 
     @contextmanager
     def following(self) -> Generator[None]:
@@ -48,11 +48,11 @@ class ModuleStack:
     def _push(self, module: nn.Module, args: Any) -> None:
         del args
         if threading.get_ident() == self._thread:
-            self._stack.append(self._paths.get(id(module), self.path))
+            self._stack.append(self._paths.get(id(module), self._stack[-1]))
 
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args, output
-        if threading.get_ident() == self._thread and self._stack:
+        if threading.get_ident() == self._thread and len(self._stack) > 1:
             path, error = self._stack.pop(), sys.exc_info()[1]
             if error is not None and error is not self._raised[0]:
                 self._raised = (error, path)

@@ -14,34 +14,33 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 
 from lora_fx.passes.aliases import geometry_of
 from lora_fx.passes.moved import written_parameters
-from lora_fx.passes.registers import own_buffers
+from lora_fx.passes.parts import Parts, parts_of
 from lora_fx.passes.snapshot import attributes_kept
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Generator[None]:
+def preserved(model: nn.Module, parts: Parts | None = None) -> Generator[None]:
     """Inside, the model may be run; afterwards buffers, modes, random states and attributes are as before.
 
     Attributes too: a model that keeps what it computed from a weight must not keep a probe's. Parameters
     as well, where the forward gives them other memory, and where a recorded run saw it write into them.
+    ``parts`` spares the walk over the model where somebody has made it already.
     """
-    modules = list(model.modules())
-    # A scripted module cannot replace its buffers, only write into them.
-    registers = [(m, dict(own_buffers(m))) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    parts = parts or parts_of(model)
+    modules = parts.modules.values()
     with _disable_current_modes():  # a fake mode would keep a copy without values
-        places = [(parameter, parameter.detach()) for parameter in model.parameters()]
-        moving = [*model.buffers(), *written_parameters(model)]
+        places = [(parameter, parameter.detach()) for parameter in parts.parameters.values()]
+        moving = [*parts.buffers.values(), *written_parameters(model)]
         values = [(tensor, tensor.detach().clone()) for tensor in moving if _has_values(tensor)]
     modes = [(module, module.training) for module in modules]
     try:
-        with random_states_kept(), attributes_kept(model):
+        # The registers of buffers are among the attributes; a scripted module cannot replace its buffers.
+        with random_states_kept(), attributes_kept(modules):
             yield
     finally:
         for module, training in modes:
-            module.training = training
-        for module, held in registers:
-            own_buffers(module).clear()
-            own_buffers(module).update(held)
+            if module.training is not training:
+                module.training = training
         with torch.no_grad(), _disable_current_modes():
             for parameter, place in places:
                 if not _lies_at(parameter, place):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,23 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.kinds.names import canonical_op
-from lora_fx.passes.aliases import Aliases, Geometry, unwrapped
+from lora_fx.passes.aliases import Aliases, Geometry, geometry_of, unwrapped
 from lora_fx.passes.calls import (
+    PLAIN,
+    Function,
     Outcome,
     collect,
     collect_paths,
-    descriptor_name,
     may_write,
-    op_of,
+    read_function,
     schema_writes,
     spell,
     version_of,
+    versions_of,
 )
 from lora_fx.passes.module_stack import ModuleStack
+from lora_fx.passes.nodes import Nodes
+from lora_fx.passes.parts import Parts
 from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_facts
-
-_PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device)
-
 
 _REGISTERS = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -40,8 +41,7 @@ def after(call: Any, old: Any) -> Any:
 
 
 class _Call(NamedTuple):
-    func: Any
-    op: str
+    function: Function
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -49,20 +49,22 @@ class _Call(NamedTuple):
 class Recorder(TorchFunctionMode):
     """Records one run of one model; use it as a context around the run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.graph = fx.Graph()
+        self._nodes = Nodes(self.graph)
+        self._functions: dict[Any, Function] = {}
         self.holes: list[str] = []
         self.unexplained = False
         """Whether a tensor turned up that no attribute holds: some call was not seen."""
         self._aliases = Aliases(self._emit)
-        self.modules = ModuleStack(model)
+        self.modules = ModuleStack(parts.modules)
         self._saved: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._depth = 0
-        self._attributes = _tensor_attributes(model)
-        for name, parameter in model.named_parameters():
+        self._attributes = _tensor_attributes(parts.modules)
+        for name, parameter in parts.parameters.items():
             self._aliases.external(parameter, self._reader(name, parameter, parameter=name))
-        for name, buffer in model.named_buffers():
+        for name, buffer in parts.buffers.items():
             self._aliases.external(buffer, self._reader(name, buffer))
 
     def __enter__(self) -> Self:
@@ -98,28 +100,30 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._depth:
             return func(*args, **kwargs)
+        function = self._function(func)
         given: list[Tensor] = []
         collect(args, given)
-        collect(kwargs, given)
-        op = op_of(func)
-        if may_write(func, op, args, kwargs):
+        if kwargs:
+            collect(kwargs, given)
+        if may_write(function, args, kwargs):
             self._save(given)
-        versions = [version_of(t) for t in given]
+        versions = versions_of(given)
         self._depth += 1  # what the call calls in turn is its own affair
         try:
             result = func(*args, **kwargs)
         finally:
             self._depth -= 1
-        if op == "__set__":
+        if function.op == "__set__":
             self._assigned(func, args)
             return result
-        changed = [t for t, v in zip(given, versions, strict=True) if version_of(t) != v]
+        now = versions_of(given)
+        changed = [] if now == versions else [t for t, v, n in zip(given, versions, now, strict=True) if v != n]
         made: list[tuple[tuple[int, ...], Tensor]] = []
         collect_paths(result, (), made)
         outcome = Outcome(made, changed, given)
-        written = outcome.written(op, args, kwargs)
+        written = outcome.written(function, args, kwargs)
         if written or (made and not outcome.untouched):
-            self._record(_Call(func, op, args, kwargs), outcome, written)
+            self._record(_Call(function, args, kwargs), outcome, written)
         return result
 
     def lower(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,28 +144,35 @@ class Recorder(TorchFunctionMode):
         collect_paths(result, (), made)
         outcome = Outcome(made, written, given)
         if written or (made and not outcome.untouched):
-            self._record(_Call(func, op_of(func), args, kwargs), outcome, written)
+            self._record(_Call(self._function(func), args, kwargs), outcome, written)
         return result
 
+    def _function(self, func: Any) -> Function:
+        """Return what is known of a function, read at its first call."""
+        known = self._functions.get(func)
+        if known is None:
+            known = self._functions[func] = read_function(func)
+        return known
+
     def _record(self, call: _Call, outcome: Outcome, written: list[Tensor]) -> None:
-        func, op, args, kwargs = call
-        kind, target, call_args = spell(func, args)
-        node = self.graph.create_node(kind, target, self._nodes(call_args, op), self._nodes(kwargs, op))
-        node.meta.update(op=op, module=self.modules.path)
+        function, args, kwargs = call
+        op, module = function.op, self.modules.path
+        kind, target, call_args = spell(function, args)
+        node = self._nodes.make(kind, target, self._read(call_args, op), self._read(kwargs, op))
+        node.meta.update(op=op, module=module)
         if written:
             node.meta["writes"] = tuple(n for t in written if (n := self._aliases.read(t)) is not None)
-        returned: set[int] = set()
         for path, tensor in outcome.made:
             facts: dict[str, Any] = node.meta if not path else {}
             value = node if not path else self._element(node, path, facts)
-            returned.add(id(tensor))
-            if any(tensor is t for t in written):
+            geometry = geometry_of(tensor)
+            if written and any(tensor is t for t in written):
                 self._aliases.written(tensor, value)
             else:
-                self._enter(tensor, value)
-            facts.update(self._facts(tensor))
+                self._enter(tensor, value, geometry)
+            facts.update(tensor_facts(tensor, geometry, self._aliases.memory(tensor)))
         for tensor in written:
-            if id(tensor) not in returned:
+            if not any(tensor is t for _, t in outcome.made):
                 self._write_unreturned(node, tensor, op, alone=len(written) == 1 and not outcome.made)
 
     def _write_unreturned(self, node: fx.Node, tensor: Tensor, op: str, *, alone: bool) -> None:
@@ -183,11 +194,13 @@ class Recorder(TorchFunctionMode):
             self._node(args[1], "data")
             self._aliases.moved(args[0], args[1])
 
-    def _enter(self, tensor: Tensor, node: fx.Node | Callable[[], fx.Node]) -> None:
-        self._aliases.result(tensor, node)
+    def _enter(
+        self, tensor: Tensor, node: fx.Node | Callable[[], fx.Node], geometry: Geometry | None
+    ) -> None:
+        self._aliases.result(tensor, node, geometry)
         inner = unwrapped(tensor)
         if inner is not None:
-            self._enter(inner, node)
+            self._enter(inner, node, geometry_of(inner))
 
     def _element(
         self, node: fx.Node, path: tuple[int, ...], facts: Mapping[str, Any]
@@ -208,20 +221,20 @@ class Recorder(TorchFunctionMode):
 
         return make
 
-    def _nodes(self, value: Any, op: str) -> Any:
+    def _read(self, value: Any, op: str) -> Any:
         """Replace the tensors inside an argument by the nodes that stand for their values now."""
+        if type(value) in PLAIN:
+            return value
         if isinstance(value, Tensor):
             return self._node(value, op)
-        if isinstance(value, _PLAIN):
-            return value
         if isinstance(value, tuple):
-            return tuple(self._nodes(v, op) for v in value)
+            return tuple([self._read(v, op) for v in value])
         if isinstance(value, list):
-            return [self._nodes(v, op) for v in value]
+            return [self._read(v, op) for v in value]
         if isinstance(value, dict):
-            return {k: self._nodes(v, op) for k, v in value.items()}
+            return {k: self._read(v, op) for k, v in value.items()}
         if isinstance(value, slice):
-            return slice(*(self._nodes(v, op) for v in (value.start, value.stop, value.step)))
+            return slice(*(self._read(v, op) for v in (value.start, value.stop, value.step)))
         return value
 
     def _node(self, tensor: Tensor, op: str) -> fx.Node:
@@ -259,7 +272,7 @@ class Recorder(TorchFunctionMode):
         return make
 
     def _emit(self, target: object, args: tuple[object, ...], geometry: Geometry, memory: int) -> fx.Node:
-        node = self.graph.create_node("call_function", cast("Any", target), cast("Any", args))
+        node = self._nodes.make("call_function", target, args, {})
         node.meta.update(geometry_facts(geometry, memory), op=canonical_op(target), module=self.modules.path)
         if target is torch.as_strided_scatter:
             node.meta["writes"] = (args[0],)
@@ -270,7 +283,7 @@ class Recorder(TorchFunctionMode):
         node.meta.update(self._facts(tensor))
 
     def _facts(self, tensor: Tensor) -> dict[str, Any]:
-        return tensor_facts(tensor, self._aliases.memory(tensor))
+        return tensor_facts(tensor, geometry_of(tensor), self._aliases.memory(tensor))
 
     def _save(self, given: list[Tensor]) -> None:
         """Keep the value of a tensor from outside the run before a call may write into it."""
@@ -290,18 +303,19 @@ def _changed(tensor: Tensor, version: int, value: Tensor) -> bool:
     return plainly and not torch.equal(tensor, value)
 
 
-def _tensor_attributes(model: nn.Module) -> dict[int, str]:
+def _tensor_attributes(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     """Return the names of tensors that modules hold as plain attributes, or in lists and dictionaries."""
     found: dict[int, str] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for key, value in module.__dict__.items():
-            if not isinstance(value, (Tensor, tuple, list, dict)) or key in _REGISTERS:
+            if isinstance(value, (tuple, list, dict)):
+                if not value or key in _REGISTERS:
+                    continue  # as most of a module's dictionaries
+            elif not isinstance(value, Tensor):
                 continue
             inside: list[Tensor] = []
             collect(value, inside)
-            if not inside:
-                continue
-            name = f"{path}.{key}" if path else key
             for index, tensor in enumerate(inside):
+                name = f"{path}.{key}" if path else key
                 found.setdefault(id(tensor), name if tensor is value else f"{name}[{index}]")
     return found

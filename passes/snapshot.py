@@ -1,8 +1,9 @@
-"""Take down what a run may change beside buffers and random state: plain attributes and hooks."""
+"""Take down what a run may change beside parameters and random state: attributes, registers and hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import operator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,19 +11,22 @@ from torch import nn
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Generator[None]:
-    """Inside, the model may be run; afterwards every module's attributes are the same objects again.
+def attributes_kept(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Inside, the modules may be run; afterwards every module's attributes are the same objects again.
 
     Lists, dictionaries and sets held by a module (its own registries among them) get their entries
     back; other objects that a forward changes from within are not looked into.
     """
-    held = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents = [
-        (value, value.copy())
-        for _, entries in held
-        for value in entries.values()
-        if _is_plain_container(value)
-    ]
+    held = [(module, module.__dict__.copy()) for module in modules]
+    contents: list[tuple[Any, Any]] = []
+    empty: list[Any] = []  # as most of a module's registers are
+    for _, entries in held:
+        for value in entries.values():
+            if isinstance(value, (dict, list, set)):
+                if value:
+                    contents.append((value, value.copy()))
+                else:
+                    empty.append(value)
     try:
         yield
     finally:
@@ -32,24 +36,22 @@ def attributes_kept(model: nn.Module) -> Generator[None]:
                 module.__dict__.update(entries)
         for value, entries in contents:
             _refill(value, entries)
-
-
-def _is_plain_container(value: Any) -> bool:
-    return isinstance(value, (list, dict, set)) and hasattr(value, "copy")
+        for value in empty:
+            if value:
+                value.clear()
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
+    """Say whether two dictionaries hold the same objects under the same keys, in the same order."""
+    return list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
 
 
 def _refill(value: Any, entries: Any) -> None:
-    if not value and not entries:
-        return  # as most of a module's registers are
     if isinstance(value, list):
-        if len(value) != len(entries) or any(a is not b for a, b in zip(value, entries, strict=True)):
+        if len(value) != len(entries) or not all(map(operator.is_, value, entries)):
             value[:] = entries
     elif isinstance(value, dict):
-        if list(value) != list(entries) or not _same(value, entries):
+        if not _same(value, entries):
             value.clear()
             value.update(entries)
     elif value != entries:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError
 from lora_fx.passes.examples import Examples, named_inputs, own_copy, read_examples, tensors_in
+from lora_fx.passes.parts import Parts, parts_of
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.recorder import Recorder
 from lora_fx.passes.second_net import SecondNet
@@ -57,10 +58,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
         InputError: the inputs cannot be read, or the model raises on them (chained).
     """
     examples = read_examples(model, example_inputs)
-    subject = _initialised_copy(model, examples) if _has_lazy(model) else model
-    recorder = _first_record(subject, examples)
+    run = _Run(model, parts_of(model), examples)
+    if any(is_lazy(t) for t in run.parts.tensors):
+        subject = _initialised_copy(model, examples)
+        run = _Run(subject, parts_of(subject), examples)
+    recorder = _first_record(run)
     if recorder.unexplained:
-        recorder = _look_deeper(subject, examples, recorder)
+        recorder = _look_deeper(run, recorder)
     return Trace(
         model,
         recorder.graph,
@@ -71,33 +75,43 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     )
 
 
-def _first_record(model: nn.Module, examples: Examples) -> Recorder:
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What is run."""
+
+    model: nn.Module
+    parts: Parts
+    examples: Examples
+
+
+def _first_record(run: _Run) -> Recorder:
     """Record without gradients, which holds no activations; a forward that takes gradients, with them."""
     without_compiler = "torch._dynamo" not in sys.modules
     try:
-        return _record(model, examples, deep=False)
+        return _record(run, deep=False)
     except InputError as error:
         if without_compiler and "torch._dynamo" in sys.modules:
             # The run brought the compiler in (flex_attention does): from now on it can be told to keep out.
-            return _first_record(model, examples)
+            return _first_record(run)
         try:
-            return _record(model, examples, deep=False, gradients=True)
+            return _record(run, deep=False, gradients=True)
         except InputError:
             raise error from error.__cause__
 
 
-def _record(model: nn.Module, examples: Examples, *, deep: bool, gradients: bool = False) -> Recorder:
+def _record(run: _Run, *, deep: bool, gradients: bool = False) -> Recorder:
     """Record one run; a deep one sees operators that are called from compiled code too."""
-    args, kwargs = _placed(model, examples)
-    recorder = Recorder(model)
+    model = run.model
+    args, kwargs = _placed(run)
+    recorder = Recorder(run.parts)
     for name, tensor in named_inputs(model, args, kwargs):
         recorder.input(name, tensor)
     with (
-        _quiet(model, args, kwargs),
+        _quiet(run.parts, args, kwargs),
         _collecting_new_objects_only(),
         torch.set_grad_enabled(gradients),
         contextlib.ExitStack() as written,
-        preserved(model),
+        preserved(model, run.parts),
         contextlib.ExitStack() as stack,
     ):
         written.callback(recorder.restore_written)  # once every parameter is in its own memory again
@@ -113,10 +127,10 @@ def _record(model: nn.Module, examples: Examples, *, deep: bool, gradients: bool
     return recorder
 
 
-def _look_deeper(model: nn.Module, examples: Examples, first: Recorder) -> Recorder:
+def _look_deeper(run: _Run, first: Recorder) -> Recorder:
     """Record again with the second net; where the model refuses to run under it, keep the first record."""
     try:
-        return _record(model, examples, deep=True)
+        return _record(run, deep=True)
     except InputError as error:
         first.holes.append(f"no second look at operators inside compiled code: {error.got}")
         return first
@@ -138,7 +152,7 @@ def _errors_named(model: nn.Module, recorder: Recorder | None = None) -> Generat
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
+def _quiet(parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
     """Inside: no gradients, no attention fast path, no compiled code, the tensors' own fake mode."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -151,7 +165,7 @@ def _quiet(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
             # Importing the compiler takes seconds: where nobody has, nothing is compiled.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            mode = _fake_mode(model, args, kwargs)
+            mode = _fake_mode(parts, args, kwargs)
             if mode is not None:
                 stack.enter_context(mode)
             yield
@@ -172,30 +186,24 @@ def _collecting_new_objects_only() -> Generator[None]:
         gc.unfreeze()
 
 
-def _fake_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [*model.parameters(), *model.buffers(), *(t for _, t in tensors_in((args, kwargs)))]
+def _fake_mode(parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [*parts.tensors, *(t for _, t in tensors_in((args, kwargs)))]
     return next((mode for t in tensors if (mode := getattr(t, "fake_mode", None)) is not None), None)
-
-
-def _has_lazy(model: nn.Module) -> bool:
-    tensors = [*model.parameters(), *model.buffers()]
-    return any(is_lazy(t) for t in tensors)
 
 
 def _initialised_copy(model: nn.Module, examples: Examples) -> nn.Module:
     """Return a copy of a model with lazy modules, run once so that they know their shapes."""
     subject = copy.deepcopy(model)
     args, kwargs = own_copy(examples.args, examples.kwargs)
-    with _errors_named(model), _quiet(subject, args, kwargs), torch.random.fork_rng():
+    with _errors_named(model), _quiet(parts_of(subject), args, kwargs), torch.random.fork_rng():
         subject(*args, **kwargs)
     return subject
 
 
-def _placed(model: nn.Module, examples: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _placed(run: _Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return copies of the inputs, on the meta device where the whole model is."""
-    args, kwargs = own_copy(examples.args, examples.kwargs)
-    devices = {t.device.type for t in [*model.parameters(), *model.buffers()]}
-    if devices != {"meta"}:
+    args, kwargs = own_copy(run.examples.args, run.examples.kwargs)
+    if {t.device.type for t in run.parts.tensors} != {"meta"}:
         return args, kwargs
     moved = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     return moved[0], moved[1]
