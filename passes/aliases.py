@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, UntypedStorage, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
@@ -120,13 +120,23 @@ class Aliases:
         self._bases: dict[int, tuple[StorageWeakRef, list[Base]]] = {}
         self._serials = itertools.count()
 
-    def external(self, tensor: Tensor, make: Make) -> None:
-        """Enter a tensor that exists before the run; its node is made when it is first read."""
-        self._enter(tensor, make, geometry_of(tensor), held=tensor)
+    def enter(
+        self, tensor: Tensor, node: fx.Node | Make, geometry: Geometry | None, held: Tensor | None = None
+    ) -> int | None:
+        """Enter a tensor with its node and geometry; return a number for the memory that it lies in.
 
-    def result(self, tensor: Tensor, node: fx.Node | Make, geometry: Geometry | None) -> None:
-        """Enter a tensor that a call returned, which lies in its storage like this."""
-        self._enter(tensor, node, geometry, held=None)
+        One from outside the run is ``held``; its node is made when it is first read.
+        """
+        storage = None if geometry is None else _storage(tensor)
+        if geometry is None or storage is None:
+            self._known[tensor] = _Value(None, node, 0)
+            return None
+        base = self._containing(storage, geometry)
+        if base is None:
+            base = Base(next(self._serials), geometry, node, held=held)
+            self._bases.setdefault(_address(storage), (StorageWeakRef(storage), []))[1].append(base)
+        self._known[tensor] = _Value(base, node, base.version)
+        return base.serial
 
     def rebind(self, tensor: Tensor, node: fx.Node) -> None:
         """Let another node stand for a tensor whose value has not changed."""
@@ -190,19 +200,6 @@ class Aliases:
         if (value := self._known.get(source)) is not None:
             self._known[tensor] = _Value(value.base, value.node, value.version)
 
-    def _enter(
-        self, tensor: Tensor, node: fx.Node | Make, geometry: Geometry | None, held: Tensor | None
-    ) -> None:
-        storage = None if geometry is None else _storage(tensor)
-        if geometry is None or storage is None:
-            self._known[tensor] = _Value(None, node, 0)
-            return
-        base = self._containing(storage, geometry)
-        if base is None:
-            base = Base(next(self._serials), geometry, node, held=held)
-            self._bases.setdefault(storage.cdata, (storage, []))[1].append(base)
-        self._known[tensor] = _Value(base, node, base.version)
-
     def _find(self, tensor: Tensor) -> Base | None:
         geometry = geometry_of(tensor)
         storage = None if geometry is None else _storage(tensor)
@@ -211,12 +208,12 @@ class Aliases:
         base = self._containing(storage, geometry)
         return base if base is not None and base.geometry.dtype == geometry.dtype else None
 
-    def _containing(self, storage: StorageWeakRef, geometry: Geometry) -> Base | None:
-        _, bases = self._bases.get(storage.cdata, (None, ()))
-        for base in bases:
-            if base.geometry == geometry:
-                return base
-            first, last = geometry.span
+    def _containing(self, storage: UntypedStorage, geometry: Geometry) -> Base | None:
+        entry = self._bases.get(_address(storage))
+        if entry is None:
+            return None
+        first, last = geometry.span
+        for base in entry[1]:
             start, end = base.geometry.span
             if start <= first and last <= end:
                 return base
@@ -259,9 +256,14 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
     return inner
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
-    """Return a reference that keeps a storage's address from being reused, but not its memory."""
+def _storage(tensor: Tensor) -> UntypedStorage | None:
     try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):
         return None  # tensors that lie elsewhere: functorch's wrappers, some tensor subclasses
+
+
+def _address(storage: UntypedStorage) -> int:
+    """Return what tells storages apart; a weak reference keeps it from being reused, but not the memory."""
+    address: int = storage._cdata
+    return address

@@ -43,21 +43,28 @@ class Outcome(NamedTuple):
             collect(kwargs["out"], named)
             if named:
                 return named
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        # An inference tensor has no version to compare: its operation's name must do.
-        touched = first is not None and (first.is_inference() or any(first is t for t in self.changed))
-        if first is not None and touched and (function.in_place or kwargs.get("inplace")):
-            return [first]
-        moved = _statistics(function.op, args, kwargs)
-        if not self.changed and not moved:
+        if args and (function.in_place or kwargs.get("inplace")):
+            first = args[0]
+            # An inference tensor has no version to compare: its operation's name must do.
+            if isinstance(first, Tensor) and (first.is_inference() or _among(first, self.changed)):
+                return [first]
+        if not self.changed and function.op not in _MOVING:
             return []
         returned = [t for t in self.changed if any(t is r for _, r in self.made)]
-        return list({id(t): t for t in returned or [*self.changed, *moved]}.values())
+        found = returned or [*self.changed, *_statistics(function.op, args, kwargs)]
+        return list({id(t): t for t in found}.values())
 
     @property
     def untouched(self) -> bool:
         """Whether the one result is an argument: ``contiguous``, ``to``, dropout in eval mode."""
-        return len(self.made) == 1 and any(self.made[0][1] is t for t in self.given)
+        return len(self.made) == 1 and _among(self.made[0][1], self.given)
+
+
+def _among(tensor: Tensor, others: list[Tensor]) -> bool:
+    for other in others:  # noqa: SIM110 - asked for every call, and any() takes twice as long
+        if other is tensor:
+            return True
+    return False
 
 
 _MOVING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
@@ -66,8 +73,7 @@ _MOVING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 
 def _statistics(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the running statistics that a normalisation moves, which no version tells."""
-    flag = _MOVING.get(op)
-    if flag is None or not (args[5] if len(args) > 5 else kwargs.get(flag)):
+    if op not in _MOVING or not (args[5] if len(args) > 5 else kwargs.get(_MOVING[op])):
         return []
     held = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))
     return [t for t in held if isinstance(t, Tensor)]

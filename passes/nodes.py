@@ -19,9 +19,7 @@ class Nodes:
         name = self._names.get(target)
         if name is None:
             name = self._names[target] = self._graph._target_to_str(target)
-        # Given at once, arguments are walked by pytree, which takes longer than all the rest.
+        # create_node walks through the arguments that it is given, which takes longer than all the rest.
         node = self._graph.create_node(kind, target, name=name)
-        node.args = args
-        if kwargs:
-            node.kwargs = kwargs
+        node._update_args_kwargs(args, kwargs)
         return node

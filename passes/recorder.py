@@ -31,7 +31,8 @@ from lora_fx.passes.nodes import Nodes
 from lora_fx.passes.parts import Parts
 from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_facts
 
-_REGISTERS = frozenset({"_parameters", "_buffers", "_modules"})
+_REGISTERS = frozenset(vars(nn.Module()))
+"""What every module holds: parameters, buffers, submodules, hooks."""
 
 
 def after(call: Any, old: Any) -> Any:
@@ -63,9 +64,9 @@ class Recorder(TorchFunctionMode):
         self._depth = 0
         self._attributes = _tensor_attributes(parts.modules)
         for name, parameter in parts.parameters.items():
-            self._aliases.external(parameter, self._reader(name, parameter, parameter=name))
+            self._external(parameter, self._reader(name, parameter, parameter=name))
         for name, buffer in parts.buffers.items():
-            self._aliases.external(buffer, self._reader(name, buffer))
+            self._external(buffer, self._reader(name, buffer))
 
     def __enter__(self) -> Self:
         """Start to record."""
@@ -75,7 +76,7 @@ class Recorder(TorchFunctionMode):
     def input(self, name: str, tensor: Tensor) -> None:
         """Enter one tensor of the example inputs as a placeholder."""
         node = self.graph.placeholder(name)
-        self._aliases.external(tensor, lambda: node)
+        self._external(tensor, lambda: node)
         self._describe(node, tensor, op="placeholder")
 
     def output(self, leaves: Mapping[str, Tensor]) -> None:
@@ -168,9 +169,10 @@ class Recorder(TorchFunctionMode):
             geometry = geometry_of(tensor)
             if written and any(tensor is t for t in written):
                 self._aliases.written(tensor, value)
+                memory = self._aliases.memory(tensor)
             else:
-                self._enter(tensor, value, geometry)
-            facts.update(tensor_facts(tensor, geometry, self._aliases.memory(tensor)))
+                memory = self._enter(tensor, value, geometry)
+            facts.update(tensor_facts(tensor, geometry, memory))
         for tensor in written:
             if not any(tensor is t for _, t in outcome.made):
                 self._write_unreturned(node, tensor, op, alone=len(written) == 1 and not outcome.made)
@@ -194,13 +196,17 @@ class Recorder(TorchFunctionMode):
             self._node(args[1], "data")
             self._aliases.moved(args[0], args[1])
 
+    def _external(self, tensor: Tensor, make: Callable[[], fx.Node]) -> None:
+        self._aliases.enter(tensor, make, geometry_of(tensor), held=tensor)
+
     def _enter(
         self, tensor: Tensor, node: fx.Node | Callable[[], fx.Node], geometry: Geometry | None
-    ) -> None:
-        self._aliases.result(tensor, node, geometry)
+    ) -> int | None:
+        memory = self._aliases.enter(tensor, node, geometry)
         inner = unwrapped(tensor)
         if inner is not None:
             self._enter(inner, node, geometry_of(inner))
+        return memory
 
     def _element(
         self, node: fx.Node, path: tuple[int, ...], facts: Mapping[str, Any]
@@ -228,7 +234,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node(value, op)
         if isinstance(value, tuple):
-            return tuple([self._read(v, op) for v in value])
+            return tuple([v if type(v) in PLAIN else self._read(v, op) for v in value])
         if isinstance(value, list):
             return [self._read(v, op) for v in value]
         if isinstance(value, dict):
@@ -250,7 +256,7 @@ class Recorder(TorchFunctionMode):
         origin = f"the attribute {known!r}" if known else "of unknown origin"
         self.holes.append(f"{name}: {what}, {origin}, read by {op} in {self.modules.path!r}")
         make = self._reader(name, tensor)
-        self._aliases.external(tensor, make)
+        self._external(tensor, make)
         node = make()
         node.meta["unexplained"] = known is None
         if tensor.numel() <= VALUE_LIMIT:
@@ -308,10 +314,7 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     found: dict[int, str] = {}
     for path, module in modules.items():
         for key, value in module.__dict__.items():
-            if isinstance(value, (tuple, list, dict)):
-                if not value or key in _REGISTERS:
-                    continue  # as most of a module's dictionaries
-            elif not isinstance(value, Tensor):
+            if key in _REGISTERS or not isinstance(value, (Tensor, tuple, list, dict)):
                 continue
             inside: list[Tensor] = []
             collect(value, inside)

@@ -18,15 +18,9 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Generator[None]:
     back; other objects that a forward changes from within are not looked into.
     """
     held = [(module, module.__dict__.copy()) for module in modules]
-    contents: list[tuple[Any, Any]] = []
-    empty: list[Any] = []  # as most of a module's registers are
-    for _, entries in held:
-        for value in entries.values():
-            if isinstance(value, (dict, list, set)):
-                if value:
-                    contents.append((value, value.copy()))
-                else:
-                    empty.append(value)
+    containers = [v for _, entries in held for v in entries.values() if isinstance(v, (dict, list, set))]
+    contents = [(value, value.copy()) for value in containers if value]
+    empty = [value for value in containers if not value]  # as most of a module's registers are
     try:
         yield
     finally:

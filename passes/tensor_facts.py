@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,25 +15,30 @@ VALUE_LIMIT = 2**18
 
 def tensor_facts(tensor: Tensor, geometry: Geometry | None, memory: int | None) -> dict[str, Any]:
     """Return the entries of a node's meta that describe its value, which lies in its storage like this."""
-    if geometry is None:
-        facts: dict[str, Any] = _numbers(tuple(tensor.shape), tensor.dtype)
-    else:
-        facts = geometry_facts(geometry, memory)
-    facts["device"] = tensor.device
+    dtype = tensor.dtype
+    facts: dict[str, Any] = {
+        "shape": tuple(tensor.shape) if geometry is None else geometry.size,
+        "dtype": dtype,
+        "floating": dtype.is_floating_point or dtype.is_complex,
+        "device": tensor.device,
+    }
+    if geometry is not None:
+        facts.update(stride=geometry.stride, offset=geometry.offset, memory=memory)
     if not facts["floating"] and has_few_values(tensor):
         facts["value"] = tensor.detach().clone()
     return facts
 
 
-def geometry_facts(geometry: Geometry, memory: int | None) -> dict[str, Any]:
+def geometry_facts(geometry: Geometry, memory: int) -> dict[str, Any]:
     """Return the same entries for a view that is known by its geometry alone."""
-    facts = _numbers(geometry.size, geometry.dtype)
-    facts.update(stride=geometry.stride, offset=geometry.offset, memory=memory)
-    return facts
-
-
-def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": shape, "dtype": dtype, "floating": dtype.is_floating_point or dtype.is_complex}
+    return {
+        "shape": geometry.size,
+        "dtype": geometry.dtype,
+        "floating": geometry.dtype.is_floating_point or geometry.dtype.is_complex,
+        "stride": geometry.stride,
+        "offset": geometry.offset,
+        "memory": memory,
+    }
 
 
 def has_few_values(tensor: Tensor) -> bool:
