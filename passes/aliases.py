@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -62,6 +62,8 @@ class Base:
     """Memory that tensors share, and the node that stands for its value now."""
 
     serial: int
+    storage: StorageWeakRef
+    """Keeps the storage's address from being given to another one, but not its memory."""
     geometry: Geometry
     node: fx.Node | Make
     version: int = 0
@@ -79,29 +81,10 @@ class Base:
 class _Value:
     """What is known of one tensor object: its node, valid while its base has this version."""
 
+    tensor: weakref.ref[Tensor]
     base: Base | None
     node: fx.Node | Make | None
     version: int
-
-
-class _Known:
-    """Values by tensor, weakly: a number whose tensor is gone may be given to another one."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
-
-    def get(self, tensor: Tensor) -> _Value | None:
-        entry = self._held.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def __getitem__(self, tensor: Tensor) -> _Value:
-        value = self.get(tensor)
-        if value is None:
-            raise KeyError(tensor.shape)
-        return value
-
-    def __setitem__(self, tensor: Tensor, value: _Value) -> None:
-        self._held[id(tensor)] = weakref.ref(tensor), value
 
 
 def geometry_of(tensor: Tensor) -> Geometry | None:
@@ -111,13 +94,23 @@ def geometry_of(tensor: Tensor) -> Geometry | None:
     return Geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
 
+def _containing(bases: Iterable[Base], geometry: Geometry) -> Base | None:
+    """Return the first of a storage's bases that a tensor of this geometry lies within."""
+    first, last = geometry.span
+    for base in bases:
+        start, end = base.geometry.span
+        if start <= first and last <= end:
+            return base
+    return None
+
+
 class Aliases:
     """The book of tensors of one recorded run."""
 
     def __init__(self, emit: _Emit) -> None:
         self._emit = emit
-        self._known = _Known()
-        self._bases: dict[int, tuple[StorageWeakRef, list[Base]]] = {}
+        self._values: dict[int, _Value] = {}
+        self._bases: dict[int, list[Base]] = {}
         self._serials = itertools.count()
 
     def enter(
@@ -129,28 +122,24 @@ class Aliases:
         """
         storage = None if geometry is None else _storage(tensor)
         if geometry is None or storage is None:
-            self._known[tensor] = _Value(None, node, 0)
+            self._know(tensor, None, node, 0)
             return None
-        base = self._containing(storage, geometry)
+        sharing = self._bases.setdefault(_address(storage), [])
+        base = _containing(sharing, geometry) if sharing else None
         if base is None:
-            base = Base(next(self._serials), geometry, node, held=held)
-            self._bases.setdefault(_address(storage), (StorageWeakRef(storage), []))[1].append(base)
-        self._known[tensor] = _Value(base, node, base.version)
+            base = Base(next(self._serials), StorageWeakRef(storage), geometry, node, held=held)
+            sharing.append(base)
+        self._know(tensor, base, node, base.version)
         return base.serial
-
-    def rebind(self, tensor: Tensor, node: fx.Node) -> None:
-        """Let another node stand for a tensor whose value has not changed."""
-        value = self._known[tensor]
-        value.node = node
 
     def read(self, tensor: Tensor) -> fx.Node | None:
         """Return the node of a tensor's value now, or None for one that the run did not make."""
-        value = self._known.get(tensor)
+        value = self._value(tensor)
         if value is None:
             base = self._find(tensor)
             if base is None:
                 return self._read_wrapped(tensor)
-            value = self._known[tensor] = _Value(base, None, -1)
+            value = self._know(tensor, base, None, -1)
         base = value.base
         if base is not None and value.version != base.version:
             value.node, value.version = self._regenerate(tensor, base), base.version
@@ -161,18 +150,18 @@ class Aliases:
 
     def held(self, tensor: Tensor) -> Tensor | None:
         """Return the tensor from outside the run whose memory this one shares, if any."""
-        value = self._known.get(tensor)
+        value = self._value(tensor)
         base = self._find(tensor) if value is None else value.base
         return None if base is None else base.held
 
     def memory(self, tensor: Tensor) -> int | None:
         """Return a number for the memory that a tensor lies in: tensors that share it have the same."""
-        value = self._known.get(tensor)
+        value = self._value(tensor)
         return None if value is None or value.base is None else value.base.serial
 
     def written(self, tensor: Tensor, node: fx.Node | Make) -> None:
         """Let a node stand for what a call wrote into a tensor."""
-        value = self._known.get(tensor)
+        value = self._value(tensor)
         if value is None:
             return
         base, geometry = value.base, geometry_of(tensor)
@@ -197,27 +186,25 @@ class Aliases:
 
     def moved(self, tensor: Tensor, source: Tensor) -> None:
         """Follow ``tensor.data = source``: the tensor now lies in the source's memory."""
-        if (value := self._known.get(source)) is not None:
-            self._known[tensor] = _Value(value.base, value.node, value.version)
+        if (value := self._value(source)) is not None:
+            self._know(tensor, value.base, value.node, value.version)
+
+    def _know(self, tensor: Tensor, base: Base | None, node: fx.Node | Make | None, version: int) -> _Value:
+        value = self._values[id(tensor)] = _Value(weakref.ref(tensor), base, node, version)
+        return value
+
+    def _value(self, tensor: Tensor) -> _Value | None:
+        """Return what is known of a tensor; the number of one that is gone may be given to another."""
+        value = self._values.get(id(tensor))
+        return value if value is not None and value.tensor() is tensor else None
 
     def _find(self, tensor: Tensor) -> Base | None:
         geometry = geometry_of(tensor)
         storage = None if geometry is None else _storage(tensor)
         if geometry is None or storage is None:
             return None
-        base = self._containing(storage, geometry)
+        base = _containing(self._bases.get(_address(storage), ()), geometry)
         return base if base is not None and base.geometry.dtype == geometry.dtype else None
-
-    def _containing(self, storage: UntypedStorage, geometry: Geometry) -> Base | None:
-        entry = self._bases.get(_address(storage))
-        if entry is None:
-            return None
-        first, last = geometry.span
-        for base in entry[1]:
-            start, end = base.geometry.span
-            if start <= first and last <= end:
-                return base
-        return None
 
     def _regenerate(self, tensor: Tensor, base: Base) -> fx.Node:
         geometry = geometry_of(tensor)
@@ -239,13 +226,13 @@ class Aliases:
         if inner is None or node is None or not isinstance(self.held(inner), nn.Parameter):
             return node
         axis: int = _functorch.maybe_get_bdim(tensor)
-        base, geometry = self._known[inner].base, geometry_of(inner)
-        if axis < 0 or base is None or geometry is None:
+        value, geometry = self._value(inner), geometry_of(inner)
+        if axis < 0 or value is None or value.base is None or geometry is None:
             return node
         size, stride = list(geometry.size), list(geometry.stride)
         del size[axis], stride[axis]
         one = geometry._replace(size=tuple(size), stride=tuple(stride))
-        return self._emit(torch.select, (node, axis, 0), one, base.serial)
+        return self._emit(torch.select, (node, axis, 0), one, value.base.serial)
 
 
 def unwrapped(tensor: Tensor) -> Tensor | None:
@@ -264,6 +251,6 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
 
 
 def _address(storage: UntypedStorage) -> int:
-    """Return what tells storages apart; a weak reference keeps it from being reused, but not the memory."""
+    """Return what tells storages apart."""
     address: int = storage._cdata
     return address
