@@ -91,7 +91,7 @@ def geometry_of(tensor: Tensor) -> Geometry | None:
     """Return how a tensor lies in its storage, or None where it has no strides (sparse, nested)."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return None
-    return Geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+    return Geometry(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _containing(bases: Iterable[Base], geometry: Geometry) -> Base | None:
@@ -127,7 +127,8 @@ class Aliases:
         sharing = self._bases.setdefault(_address(storage), [])
         base = _containing(sharing, geometry) if sharing else None
         if base is None:
-            base = Base(next(self._serials), StorageWeakRef(storage), geometry, node, held=held)
+            kept = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            base = Base(next(self._serials), kept, geometry, node, held=held)
             sharing.append(base)
         self._know(tensor, base, node, base.version)
         return base.serial

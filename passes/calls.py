@@ -19,14 +19,17 @@ class Function(NamedTuple):
     """What is known of an intercepted function, whatever it is called with."""
 
     func: Any
+    name: str
     op: str
     """Its canonical name; that of reading ``x.T`` is ``"T"``."""
-    name: str
+    attribute: str
+    """What a ``__get__`` or ``__set__`` is about, else nothing."""
     in_place: bool
     """Whether its name says that it writes into its first argument."""
     operator: bool
     """Whether it is an operator with a schema, which says what it writes into."""
     method: bool
+    """Whether it is a method of tensors."""
 
 
 class Outcome(NamedTuple):
@@ -117,20 +120,28 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
         return [version_of(t) for t in tensors]
 
 
+def changed_since(tensors: list[Tensor], versions: list[int]) -> list[Tensor]:
+    """Return those of the tensors that were written into since they had these versions."""
+    now = versions_of(tensors)
+    if now == versions:
+        return []
+    return [t for t, before, after in zip(tensors, versions, now, strict=True) if before != after]
+
+
 def read_function(func: Any) -> Function:
     """Return what is known of an intercepted function."""
     name = getattr(func, "__name__", "")
-    if name == "__get__":
-        op = descriptor_name(func)
+    if name in {"__get__", "__set__"}:
+        attribute = _attribute(func)
+        op = attribute if name == "__get__" else name
     else:
-        op = "__set__" if name == "__set__" else canonical_op(func)
+        attribute, op = "", canonical_op(func)
     in_place = (op.endswith("_") and op != "requires_grad_") or op == "setitem"
     method = getattr(torch.Tensor, name, None) is func
-    return Function(func, op, name, in_place, hasattr(func, "_schema"), method)
+    return Function(func, name, op, attribute, in_place, hasattr(func, "_schema"), method)
 
 
-def descriptor_name(func: Any) -> str:
-    """Return the attribute that an intercepted ``__get__`` or ``__set__`` is about."""
+def _attribute(func: Any) -> str:
     descriptor = getattr(func, "__self__", None)
     getter = getattr(descriptor, "fget", None)
     return str(getattr(descriptor, "__name__", None) or getattr(getter, "__name__", "attribute"))
@@ -165,7 +176,7 @@ def spell(function: Function, args: tuple[Any, ...]) -> tuple[str, Any, tuple[An
     """Return the node kind, target and arguments that write a call down."""
     name = function.name
     if name == "__get__":
-        return "call_function", getattr, (args[0], function.op)
+        return "call_function", getattr, (args[0], function.attribute)
     if name in _OPERATORS:
         return "call_function", _OPERATORS[name], args
     if name == "__rmatmul__":

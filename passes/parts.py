@@ -1,4 +1,4 @@
-"""What a model is made of, walked once: a walk over a deep tree of modules takes as long as a small forward."""
+"""What a model is made of, walked once: a walk over its modules takes long beside a small forward."""
 
 from __future__ import annotations
 

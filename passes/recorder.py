@@ -17,6 +17,7 @@ from lora_fx.passes.calls import (
     PLAIN,
     Function,
     Outcome,
+    changed_since,
     collect,
     collect_paths,
     may_write,
@@ -81,7 +82,7 @@ class Recorder(TorchFunctionMode):
 
     def output(self, leaves: Mapping[str, Tensor]) -> None:
         """End the graph with what the model returned, by the way to each tensor."""
-        read = {path: self._node(tensor, "the output") for path, tensor in leaves.items()}
+        read = {path: self._read(tensor, "the output") for path, tensor in leaves.items()}
         only = next(iter(read.values())) if list(read) == [""] else read
         node = self.graph.output(only)
         node.meta.update(op="output", module="")
@@ -115,10 +116,9 @@ class Recorder(TorchFunctionMode):
         finally:
             self._depth -= 1
         if function.op == "__set__":
-            self._assigned(func, args)
+            self._assigned(function, args)
             return result
-        now = versions_of(given)
-        changed = [] if now == versions else [t for t, v, n in zip(given, versions, now, strict=True) if v != n]
+        changed = changed_since(given, versions)
         made: list[tuple[tuple[int, ...], Tensor]] = []
         collect_paths(result, (), made)
         outcome = Outcome(made, changed, given)
@@ -159,7 +159,7 @@ class Recorder(TorchFunctionMode):
         function, args, kwargs = call
         op, module = function.op, self.modules.path
         kind, target, call_args = spell(function, args)
-        node = self._nodes.make(kind, target, self._read(call_args, op), self._read(kwargs, op))
+        node = self._nodes.call(kind, target, self._read(call_args, op), self._read(kwargs, op))
         node.meta.update(op=op, module=module)
         if written:
             node.meta["writes"] = tuple(n for t in written if (n := self._aliases.read(t)) is not None)
@@ -191,9 +191,9 @@ class Recorder(TorchFunctionMode):
 
         self._aliases.written(tensor, make)
 
-    def _assigned(self, func: Any, args: tuple[Any, ...]) -> None:
-        if descriptor_name(func) == "data" and len(args) == 2 and isinstance(args[1], Tensor):
-            self._node(args[1], "data")
+    def _assigned(self, function: Function, args: tuple[Any, ...]) -> None:
+        if function.attribute == "data" and len(args) == 2 and isinstance(args[1], Tensor):
+            self._read(args[1], "data")
             self._aliases.moved(args[0], args[1])
 
     def _external(self, tensor: Tensor, make: Callable[[], fx.Node]) -> None:
@@ -232,7 +232,8 @@ class Recorder(TorchFunctionMode):
         if type(value) in PLAIN:
             return value
         if isinstance(value, Tensor):
-            return self._node(value, op)
+            node = self._aliases.read(value)
+            return self._hole(value, op) if node is None else node
         if isinstance(value, tuple):
             return tuple([v if type(v) in PLAIN else self._read(v, op) for v in value])
         if isinstance(value, list):
@@ -242,10 +243,6 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             return slice(*(self._read(v, op) for v in (value.start, value.stop, value.step)))
         return value
-
-    def _node(self, tensor: Tensor, op: str) -> fx.Node:
-        node = self._aliases.read(tensor)
-        return self._hole(tensor, op) if node is None else node
 
     def _hole(self, tensor: Tensor, op: str) -> fx.Node:
         """Write down a tensor that is neither input nor parameter nor the result of a recorded call."""
@@ -268,7 +265,7 @@ class Recorder(TorchFunctionMode):
 
         def make() -> fx.Node:
             if not made:
-                node = self.graph.create_node("get_attr", name)
+                node = self._nodes.attribute(name)
                 self._describe(node, tensor, op="get_attr")
                 if parameter is not None:
                     node.meta["parameter"] = parameter
@@ -278,7 +275,7 @@ class Recorder(TorchFunctionMode):
         return make
 
     def _emit(self, target: object, args: tuple[object, ...], geometry: Geometry, memory: int) -> fx.Node:
-        node = self._nodes.make("call_function", target, args, {})
+        node = self._nodes.call("call_function", target, args, {})
         node.meta.update(geometry_facts(geometry, memory), op=canonical_op(target), module=self.modules.path)
         if target is torch.as_strided_scatter:
             node.meta["writes"] = (args[0],)

@@ -28,8 +28,8 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Generator[None]:
             if not _same(module.__dict__, entries):
                 module.__dict__.clear()
                 module.__dict__.update(entries)
-        for value, entries in contents:
-            _refill(value, entries)
+        for value, content in contents:
+            _refill(value, content)
         for value in empty:
             if value:
                 value.clear()
