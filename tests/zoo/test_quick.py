@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,18 @@ def test_a_row_held_to_rounding_says_so() -> None:
     text = table([{**row, "forms": {"branch": 3}, "rounding": {"fold": [4e-9, 7e-10]}}])
     assert "| ok | ok r | ok |" in text
     assert "* a: fold differs by 4.0e-09, allowed 7.0e-10" in text
+
+
+def test_recording_of_tiny_configurations_is_told_apart() -> None:
+    def row(name: str, recording: float) -> dict[str, Any]:
+        seconds = {"forward": 0.5, "trace": recording}
+        return {"name": name, "seconds": seconds, "failed": {}, "share": 1.0}
+
+    names = {"timm/a": 1.0, "timm/b": 1.5, "torchvision/a": 2.0, "transformers/a": 9.0, "diffusers/a": 10.0}
+    text = table([row(name, recording) for name, recording in names.items()])
+    assert "of models at their own size (see below) | 3.0 (3 models) |" in text
+    assert "of tiny configurations (see below) | 19.0 (2 models) |" in text
+    assert "of models at their own size (see below) | – |" in table([row("transformers/a", 9.0)])
 
 
 def test_onnx_rows_say_whose_fault_a_failure_is() -> None:
