@@ -253,5 +253,5 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
 
 def _address(storage: UntypedStorage) -> int:
     """Return what tells storages apart."""
-    address: int = storage._cdata
+    address: int = storage._cdata  # pyright: ignore[reportPrivateUsage]
     return address

@@ -18,7 +18,7 @@ class Nodes:
         """Return a new node at the end of the graph, for a call of a function or method."""
         name = self._names.get(target)
         if name is None:
-            name = self._names[target] = self._graph._target_to_str(target)
+            name = self._names[target] = self._graph._target_to_str(target)  # pyright: ignore[reportPrivateUsage]
         # create_node looks through arguments for symbolic numbers, which takes longer than all the rest.
         node = self._graph.create_node(kind, target, name=name)
         node._update_args_kwargs(args, kwargs)

@@ -64,7 +64,8 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
     intro = (
         f"Measured {_dates(built)}; the ONNX files {_dates([r['files'] for r in built if 'files' in r])};",
         "on the CPU, one thread a model, on a machine",
-        "shared with other work (read the seconds against each other). Random weights; of transformers, tiny configurations.",
+        "shared with other work (read the seconds against each other). Random weights; of transformers and",
+        "diffusers, tiny configurations.",
         "The policy asks for everything: `Policy(Rule(rank=2))`. `make zoo` measures again, and a row that",
         "a file already holds is kept: rows of one table may come from successive commits.",
     )
