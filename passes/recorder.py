@@ -159,7 +159,8 @@ class Recorder(TorchFunctionMode):
         function, args, kwargs = call
         op, module = function.op, self.modules.path
         kind, target, call_args = spell(function, args)
-        node = self._nodes.call(kind, target, self._read(call_args, op), self._read(kwargs, op))
+        positional = self._read(call_args, op)  # first: what is read makes nodes, in this order
+        node = self._nodes.call(kind, target, positional, self._read(kwargs, op) if kwargs else {})
         node.meta.update(op=op, module=module)
         if written:
             node.meta["writes"] = tuple(n for t in written if (n := self._aliases.read(t)) is not None)
