@@ -86,9 +86,11 @@ def collect(value: Any, into: list[Tensor]) -> None:
     """Append the tensors inside an argument, in order."""
     if isinstance(value, (tuple, list)):
         for item in value:
+            if type(item) in PLAIN:
+                continue
             if isinstance(item, Tensor):
                 into.append(item)
-            elif type(item) not in PLAIN:
+            else:
                 collect(item, into)
     elif isinstance(value, Tensor):
         into.append(value)
