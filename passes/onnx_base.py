@@ -126,12 +126,12 @@ class _Base:
         for group in self._used_alike([name for name in values if name not in kept]):
             if compare(whole, graph).difference is None:
                 break
-            alone = self._found_with({**kept, **{name: values[name] for name in group}}, model)[1]
-            tried = {**kept, **{name: values[name] for name in group if alone.known(name)}}
-            if len(tried) == len(kept):
-                continue
-            made = self._found_with(tried, model)
-            if all(made[1].known(name) for name in tried):
+            together = {**kept, **{name: values[name] for name in group}}
+            made = self._found_with(together, model)
+            tried = {name: value for name, value in together.items() if name in kept or made[1].known(name)}
+            if len(kept) < len(tried) < len(together):
+                made = self._found_with(tried, model)
+            if len(tried) > len(kept) and all(made[1].known(name) for name in tried):
                 (graph, traced), kept = made, tried
         return graph, traced, kept
 

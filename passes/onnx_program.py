@@ -80,11 +80,13 @@ class Program:
         """
         from onnxscript.optimizer import optimize_ir
 
+        from lora_fx.passes.onnx_matching import first_node_first
+
         if not values and self._prepared:
             return self._prepared.pop()
         model = self.holding(values or {}).model
         try:
-            with quiet():
+            with quiet(), first_node_first():
                 optimize_ir(model)
         except ir.passes.PassError as error:
             raise ExportError(
