@@ -14,7 +14,8 @@ rounding that excuses a larger error is what noise in the last place does to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.certificates import Check
+from lora_fx.passes.certify_errors import DIGITS, FACTOR, FLOOR, SMALL, Errors
+from lora_fx.passes.certify_noise import Noise
 from lora_fx.passes.onnx_inputs import batch_size, map_tensors, random_like, tensors, with_batch, with_length
 from lora_fx.passes.onnx_parity import (
     Outputs,
@@ -34,68 +37,6 @@ from lora_fx.passes.onnx_parity import (
 )
 from lora_fx.passes.onnx_state import Casts, cast_state, evaluating
 from lora_fx.passes.onnx_subject import Inputs, State, Subject
-from lora_fx.passes.preserve import preserved
-from lora_fx.passes.rounding_noise import RoundingNoise
-
-FACTOR = 3.0
-"""How many times the base's own error the folded file's may be."""
-FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-13}
-"""Errors that are not looked into: a few roundings of the outputs' dtype."""
-SOUND = 100.0
-"""How many times the torch model's own rounding the base file's error may be."""
-SMALL = 500.0
-"""Multiples of the floor up to which the base file's error is taken for rounding, whatever torch's own is;
-an output that torch's own rounding moves by more is compared natively."""
-INJECTED = 1e-5
-"""How far the injected model may lie from the folded one in float32 (the design's figure); where the base
-itself loses more than that by rounding, ``FACTOR`` times what it loses."""
-NOISES = 4
-"""Runs with noise in the last place: a choice that one of them makes alike, another may not."""
-
-DIGITS = 0.1
-"""Where more than this is allowed, not one digit is compared, and a note says so."""
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Distances on one set of inputs: over the outputs that float64 is a reference for, or of one other."""
-
-    inputs: str
-    base: float
-    folded: float
-    injected: float
-    own: float = 0.0
-    """Of the injected torch model against the folded one in float64; natively, what noise does to it."""
-    rounding: float = 0.0
-    """Of the folded torch model in the file's precision, where the file's error asks for a look at it."""
-    apart: float = INJECTED
-    """How far the injected model may lie from the folded one."""
-    output: str = ""
-    """The output that is compared natively, with the torch models in their own dtype."""
-
-    @property
-    def name(self) -> str:
-        """What the certificate calls these distances."""
-        return f"{self.inputs}: {self.output}" if self.output else self.inputs
-
-    def limit(self, floor: float) -> float:
-        """Return what the folded file's error may be: other weights may lose more than the base's."""
-        noise = self.own if self.output else min(self.rounding, SMALL * floor)
-        return max(FACTOR * self.base, FACTOR * noise, floor)
-
-    def fault(self, floor: float) -> str | None:
-        """Return what is wrong, or None: each error is held against the rounding that would explain it."""
-        limit = self.limit(floor)
-        if not self.base <= max(SMALL * floor, SOUND * self.own):
-            return (
-                f"error {self.base:.3g} of the base file against the base model, whose own rounding is "
-                f"{self.own:.2g}: the exporter or onnxruntime computes something else"
-            )
-        if not self.folded <= limit:
-            return f"error {self.folded:.3g} against the folded model; the base file's own is {self.base:.3g}"
-        if not self.injected <= self.apart + limit:
-            return f"error {self.injected:.3g} against the injected model"
-        return None
 
 
 @dataclass(frozen=True)
@@ -182,12 +123,29 @@ def _widely(
             replace(item, rounding=_largest(distances(outputs, each.folded), apart))
             for item, outputs, each in zip(found, plain, ran, strict=True)
         ]
-    if any(item.injected > item.apart + item.limit(floor) for item in found):
-        plain = _outputs(subject.base_state, cases, None)
-        lost = (_largest(distances(ours, each.base), apart) for ours, each in zip(plain, ran, strict=True))
-        allowed = max(INJECTED, FACTOR * max(lost))
-        found = [replace(item, apart=allowed) for item in found]
+    allowances = _injected_allowances(subject, cases, ran, apart, floor)
+    while any(item.injected > item.apart + item.limit(floor) for item in found):
+        allowed = next(allowances, None)
+        if allowed is None:
+            break
+        found = [replace(item, apart=max(item.apart, allowed)) for item in found]
     return found
+
+
+def _injected_allowances(
+    subject: Subject, cases: list[_Case], ran: list[_Ran], apart: list[bool], floor: float
+) -> Iterator[float]:
+    """Yield how far the injected model may lie from the file, by what costs less to find out first.
+
+    It is what the base loses by rounding; then what noise does to the folded model, whose other weights may
+    amplify every rounding. The injected one rounds in other places, so that one run of the folded one in its
+    own dtype says little of it; the noise counts up to the bound that the file's error has.
+    """
+    plain = _outputs(subject.base_state, cases, None)
+    yield FACTOR * max(_largest(distances(ours, each.base), apart) for ours, each in zip(plain, ran, strict=True))
+    plain = _outputs(subject.folded_state, cases, None)
+    noise = _largest(_noise(subject.folded_state, cases, plain).moved(), apart)
+    yield FACTOR * min(noise, SMALL * floor, DIGITS)
 
 
 def _natively(
@@ -216,18 +174,38 @@ def _natively(
     found = list(errors([0.0] * len(apart)))
     if any(item.fault(floor) for item in found):
         noises = [_noise(state, cases, plain) for state, plain in zip(states, (base, folded), strict=True)]
-        found = list(errors([max(each) for each in zip(*noises, strict=True)]))
+        found = list(errors([max(each) for each in zip(*(noise.moved() for noise in noises), strict=True)]))
+        excused = {item.output for item in found if item.limit(floor) > DIGITS}
+        chosen = {index: name for index, name in names.items() if apart[index] and name in excused}
+        found += _steady(ran, noises, chosen, floor)
     return found
 
 
-def _noise(state: State, cases: list[_Case], plain: list[list[Tensor]]) -> list[float]:
-    """Return how far rounding moves each output of a model in some state, on any of the inputs."""
-    moved: list[list[float]] = []
-    for seed in range(NOISES):
-        with state() as model, evaluating(model), preserved(model), RoundingNoise(seed):
-            noisy = [torch_outputs(model, case.inputs) for case in cases]
-        moved += [distances(found, reference) for found, reference in zip(noisy, plain, strict=True)]
-    return [max(each) for each in zip(*moved, strict=True)]
+def _steady(ran: list[_Ran], noises: Sequence[Noise], names: dict[int, str], floor: float) -> list[Errors]:
+    """Return the errors over the elements that rounding leaves alone, of outputs that it excuses as a whole."""
+    found: list[Errors] = []
+    before, after = noises
+    for (case, item), (index, name) in itertools.product(enumerate(ran), names.items()):
+        kept = [noise.steady(case, index, min(SMALL * floor, DIGITS)) for noise in noises]
+        if kept[0] is None or kept[1] is None:
+            continue
+        plain = before.plain[case][index], after.plain[case][index]
+        base = kept[0].distance(item.ours[index], plain[0])
+        folded = kept[1].distance(item.theirs[index], plain[1])
+        trained = kept[1].distance(item.theirs[index], item.injected[index])
+        own = max(
+            mask.distance(run[case][index], noise.plain[case][index])
+            for mask, noise in zip(kept, noises, strict=True)
+            for run in noise.noisy
+        )
+        output = f"{name} ({kept[1].share:.0%} of it, which rounding leaves alone)"
+        found.append(Errors(item.name, base, folded, trained, own=own, output=output))
+    return found
+
+
+def _noise(state: State, cases: list[_Case], plain: Sequence[Outputs]) -> Noise:
+    """Return what noise does to a model in some state on the inputs."""
+    return Noise.of(state, [case.inputs for case in cases], plain)
 
 
 def _largest(measured: list[float], apart: list[bool]) -> float:

@@ -22,7 +22,8 @@ from lora_fx.errors import BaseMismatchError, CertificateError
 from lora_fx.fingerprints import fingerprint
 from lora_fx.passes import onnx_files
 from lora_fx.passes.certify import effect_check, environment, examine
-from lora_fx.passes.certify_parity import FLOOR, parity_check
+from lora_fx.passes.certify_errors import FLOOR
+from lora_fx.passes.certify_parity import parity_check
 from lora_fx.passes.examples import fresh
 from lora_fx.passes.extent import Extent
 from lora_fx.passes.onnx_base import make_base, make_graph

@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx.adapter_file import AdapterFile
 from lora_fx.certificates import Certificate, Check
 from lora_fx.errors import CertificateError
-from lora_fx.passes import certify_parity, onnx_files
+from lora_fx.passes import certify_errors, certify_parity, onnx_files
 from lora_fx.passes.certify import certify
 from lora_fx.passes.certify_values import ulps
 from lora_fx.passes.export_onnx import export_onnx
@@ -283,6 +283,28 @@ class _Steep(nn.Module):
         return torch.sin(1e4 * self.linear(x))
 
 
+def exact_check(
+    given: Subject, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, *, file: Any = None
+) -> Check:
+    """The check alone, against a runtime that is exact; ``file``: the state that the folded file has."""
+
+    def exact(state: Any, feeds: Any) -> list[torch.Tensor]:
+        with state() as held, torch.no_grad():
+            return [copy.deepcopy(held).double()(x.double())]
+
+    class Session:
+        def __init__(self, state: Any) -> None:
+            self.state = state
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="x", type="tensor(float)", shape=list(x.shape))]
+
+    monkeypatch.setattr(certify_parity, "run", lambda session, feeds: exact(session.state, feeds))
+    monkeypatch.setattr(certify_parity, "random_like", lambda inputs, seed: inputs)
+    sessions = Session(given.base_state), Session(file or given.folded_state)
+    return certify_parity.parity_check(given, ((x,), {}), *sessions, precision=torch.float32, notes=[])
+
+
 @pytest.mark.parametrize(("gain", "fine"), [(1.0, True), (1.1, False)])
 def test_the_injected_model_may_lose_what_its_base_does(
     gain: float, fine: bool, monkeypatch: pytest.MonkeyPatch
@@ -298,28 +320,8 @@ def test_the_injected_model_may_lose_what_its_base_does(
             yield folded
             hook.remove()
 
-    def exact(state: Any, feeds: Any) -> list[torch.Tensor]:
-        with state() as held, torch.no_grad():
-            return [copy.deepcopy(held).double()(x.double())]
-
-    class Session:
-        def __init__(self, state: Any) -> None:
-            self.state = state
-
-        def get_inputs(self) -> list[Any]:
-            return [SimpleNamespace(name="x", type="tensor(float)", shape=[5, 30])]
-
-    monkeypatch.setattr(certify_parity, "run", lambda session, feeds: exact(session.state, feeds))
-    monkeypatch.setattr(certify_parity, "random_like", lambda inputs, seed: inputs)
-    check = certify_parity.parity_check(
-        replace(plain, injected=injected),
-        ((x,), {}),
-        Session(plain.base_state),
-        Session(plain.folded_state),
-        precision=torch.float32,
-        notes=[],
-    )
-    assert check.data["example"]["injected"] > certify_parity.INJECTED
+    check = exact_check(replace(plain, injected=injected), x, monkeypatch)
+    assert check.data["example"]["injected"] > certify_errors.INJECTED
     assert check.ok is fine
 
 
@@ -340,13 +342,76 @@ def test_the_folded_file_may_lose_what_its_weights_lose_in_torch(
     model, x = made(_Turning), torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     large = subject(model, ("linear.weight",), size=100.0)
     data = export(large, model, x, tmp_path / "task.onnx", base=tmp_path / "base.onnx")["parity"].data
-    assert data["example"]["folded"] > certify_parity.FACTOR * data["example"]["base"] + 2e-6
+    assert data["example"]["folded"] > certify_errors.FACTOR * data["example"]["base"] + 2e-6
     run, calls = certify_parity.run, itertools.count()
     monkeypatch.setattr(
         certify_parity, "run", lambda *args: [out * (1 + 1e-3 * (next(calls) % 2)) for out in run(*args)]
     )
     with pytest.raises(CertificateError, match="against the folded model"):
         export(large, model, x, tmp_path / "wrong.onnx", base=tmp_path / "base.onnx")
+
+
+class _Branched(nn.Module):
+    """What an adapter makes of a layer: a base of one size, and a change that is far larger."""
+
+    def __init__(self, layer: nn.Linear, change: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.layer(x) + x @ self.change.t())
+
+
+def amplified(wrong: float = 0.0) -> tuple[Subject, torch.Tensor]:
+    """A base that loses nothing, folded to one that loses much; one weight of the injected one may be wrong."""
+    model, x = made(_Turning), torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    given = subject(model, ("linear.weight",), size=100.0)
+    change = given.changes["linear.weight"]
+    added = change.after - change.before
+    added[3, 4] *= 1 + wrong
+
+    @contextmanager
+    def injected() -> Generator[nn.Module]:
+        yield _Branched(model.linear, added)
+
+    return replace(given, injected=injected), x
+
+
+def test_the_injected_model_may_lose_what_rounding_does_to_the_folded_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the base's own rounding shows nothing of it, and one run of the folded model too little."""
+    measured = exact_check(*amplified(), monkeypatch).data["example"]
+    assert measured["injected"] > certify_errors.INJECTED + 2e-6
+    assert measured["folded"] == 0
+    assert exact_check(*amplified(), monkeypatch).ok
+    assert measured["apart"] < 1e-3
+
+
+def test_rounding_of_the_folded_model_excuses_no_weight_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = exact_check(*amplified(1e-3), monkeypatch)
+    assert not check.ok
+    assert "against the injected model" in check.detail
+    given, x = amplified()
+
+    @contextmanager
+    def other() -> Generator[nn.Module]:
+        with given.folded_state() as folded, torch.no_grad():
+            weight = folded.get_parameter("linear.weight")
+            weight[3, 4] *= 1 + 1e-3
+            yield folded
+            weight[3, 4] /= 1 + 1e-3
+
+    check = exact_check(given, x, monkeypatch, file=other)
+    assert not check.ok
+    assert "against the folded model" in check.detail
+
+
+def test_what_rounding_of_the_folded_model_excuses_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify_parity.Noise, "moved", lambda self: [1.0])
+    assert exact_check(*amplified(), monkeypatch).data["example"]["apart"] == pytest.approx(3e-3)
 
 
 def test_a_file_that_the_runtime_refuses_is_a_finding(
@@ -454,6 +519,13 @@ class Choosing(Lowest):
         return {"rows": rows, "chosen": rows.gather(1, chosen)}
 
 
+class Joined(Choosing):
+    """The same, all of it in one tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.cat(list(super().forward(x).values()), 1)
+
+
 ROWS = torch.randn(2, 60, 6, generator=torch.Generator().manual_seed(4))
 
 
@@ -509,6 +581,20 @@ def test_only_the_outputs_that_are_chosen_by_rounding_compare_no_digit(tmp_path:
     assert not check.ok
     assert check.place == "example inputs"
     assert check.data["example"]["folded"] > 1e-4
+
+
+def test_rows_that_rounding_leaves_alone_are_compared_beside_others_that_it_chooses(tmp_path: Path) -> None:
+    """Before, those that are chosen excused a fault of the whole tensor."""
+    model = made(Joined)
+    check, _ = parity_of(model, tmp_path)
+    assert check.ok
+    steady = [measured for measured in check.data.values() if "which rounding leaves alone" in measured["output"]]
+    assert len(steady) == 2
+    assert all(measured["folded"] < 2e-6 for measured in steady)
+    check, _ = parity_of(model, tmp_path, 1 + 1e-3)
+    assert not check.ok
+    assert "against the folded model" in check.detail
+    assert "which rounding leaves alone" in check.place
 
 
 def test_noise_moves_by_a_rounding_what_is_no_whole_number() -> None:

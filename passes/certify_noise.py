@@ -1,0 +1,106 @@
+"""What noise in the last place does to the outputs of a torch model, as a whole and element by element.
+
+An output may join rows that are chosen by rounding to others that are not: the first excuse anything of
+the whole. So where an output is excused, its steady elements, which no noisy run moved by more than
+rounding, are compared by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_fx.passes.onnx_parity import Outputs, distance, distances, torch_outputs
+from lora_fx.passes.onnx_state import evaluating
+from lora_fx.passes.onnx_subject import Inputs, State
+from lora_fx.passes.preserve import preserved
+from lora_fx.passes.rounding_noise import RoundingNoise
+
+NOISES = 4
+"""Runs with noise in the last place: a choice that one of them makes alike, another may not."""
+SLACK = 3
+"""How many times as many elements may move in a further run as one run moves that no other one does."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The outputs of a model in one state, per set of inputs, and those of its noisy runs."""
+
+    plain: Sequence[Outputs]
+    noisy: Sequence[Sequence[Outputs]]
+
+    @classmethod
+    def of(cls, state: State, inputs: Sequence[Inputs], plain: Sequence[Outputs]) -> Noise:
+        """Run a model in some state with noise, several times; ``plain`` is what it gives without."""
+        noisy: list[list[Outputs]] = []
+        for seed in range(NOISES):
+            with state() as model, evaluating(model), preserved(model), RoundingNoise(seed):
+                noisy.append([torch_outputs(model, each) for each in inputs])
+        return cls(plain, noisy)
+
+    def moved(self) -> list[float]:
+        """Return how far noise moves each output, on any of the inputs."""
+        runs = (zip(run, self.plain, strict=True) for run in self.noisy)
+        each = [distances(found, reference) for run in runs for found, reference in run]
+        return [max(over) for over in zip(*each, strict=True)]
+
+    def steady(self, case: int, output: int, least: float) -> Steady | None:
+        """Return the elements of an output that no run moves by more than ``least`` of its mean size.
+
+        None where there are none, or where a run gives another shape.
+        """
+        reference = self.plain[case][output]
+        runs = [run[case][output] for run in self.noisy]
+        if any(run.shape != reference.shape for run in runs):
+            return None
+        gaps = torch.stack([_gap(run, reference) for run in runs])
+        moves = ~(gaps <= least * _size(reference))
+        alone = moves & (moves.sum(0) == 1)
+        slack = SLACK * int(alone.flatten(1).sum(1).max())
+        steady = Steady(~moves.any(0), slack)
+        return steady if steady.count > slack else None
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Elements that noise leaves alone, but for so many that may move all the same."""
+
+    mask: Tensor
+    slack: int
+
+    @property
+    def count(self) -> int:
+        """How many elements there are."""
+        return int(self.mask.sum())
+
+    @property
+    def share(self) -> float:
+        """Which part of the output they are."""
+        return self.count / self.mask.numel()
+
+    def distance(self, found: Tensor, reference: Tensor) -> float:
+        """Return the distance over these elements alone, without the worst of them that may move."""
+        if found.shape != reference.shape:
+            return math.inf
+        found, reference = found[self.mask], reference[self.mask]
+        kept = _gap(found, reference).argsort()[: self.count - self.slack]
+        return distance([found[kept]], [reference[kept]])
+
+
+def _gap(found: Tensor, reference: Tensor) -> Tensor:
+    """Return how far elements lie apart; infinitely, where only one is a number or they are no floats."""
+    equal = (found == reference) | (found.isnan() & reference.isnan())
+    if not reference.is_floating_point():
+        return torch.where(equal, 0.0, math.inf)
+    gap = (found.double() - reference.double()).abs().nan_to_num(math.inf, math.inf)
+    return torch.where(equal, 0.0, gap)
+
+
+def _size(reference: Tensor) -> float:
+    """Return the root mean square of the finite elements."""
+    finite = reference.double()[reference.isfinite()]
+    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
