@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.kinds import Kind
+from lora_fx.kinds.base import Call, shape_of
 from lora_fx.passes.reach import Found
 from lora_fx.passes.subclass import own_class, stock_class
 
@@ -22,6 +23,9 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
         return False, f"{call} {where}: the weight is computed by {found.computed}"
     if op not in found.kind.branches:
         return False, f"{call} {where}: there is no branch for {op}"
+    unbranched = found.kind.unbranched(Call(op, found.node.args, found.node.kwargs, shape_of(found.node)))
+    if unbranched is not None:
+        return False, f"{call} {where}: {unbranched}"
     if not _stands_alone(found):
         return False, f"{call} {where}: the weight is not the branch's own operand"
     if home is None:

@@ -130,6 +130,11 @@ class Kind:
         """Adapted operations by canonical name; an operation not listed takes the weight form."""
         return {}
 
+    def unbranched(self, call: Call) -> str | None:
+        """Say why a recorded call of an operation with a branch looks W itself up; None: it is a branch."""
+        del call
+        return None
+
     @property
     def branch_weight(self) -> Mapping[str, int]:
         """The weight's position among the arguments of a branch's operation, where it is not 1."""

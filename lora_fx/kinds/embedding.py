@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
-from lora_fx.kinds.expected import Expected, Work
 from lora_fx.kinds.spread import embedding_on_shards, on_shards
 from lora_fx.matrix import MatrixForm, columns_form
 
 MAX_NORM = "max_norm rewrites the weight in the forward"
+BY_FREQUENCY = "W itself is looked up, since gradients are divided by how often an id occurs"
 
 
 def adapted_embedding(
@@ -32,7 +32,8 @@ def adapted_embedding(
     """Return ``W0[ids] + sum over parts of scale * A^T[ids] B^T``.
 
     Gradients are those of ``W``: none from the padding, and where they are divided by how often an id
-    occurs, ``W`` itself is looked up.
+    occurs, ``W`` itself is looked up. The branch's input is an id as a column of zeros and a one, of which
+    dropout takes the one: it drops what is added to a looked-up id as a whole, for each id anew.
     """
     how = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if lora and on_shards(input, weight, None, lora):
@@ -49,8 +50,11 @@ def adapted_embedding(
         return F.embedding(input, effective_weight(weight, form, lora), *how)
     result = F.embedding(input, weight, *how)
     padding = None if padding_idx is None or not lora else (input == padding_idx % weight.shape[0])
+    mask = ids_mask(input, lora)
     for part in lora:
         update = _looked_up(input, part.a, part.b, weight.dtype)
+        if mask is not None:
+            update = update * mask.unsqueeze(-1).to(update.dtype)
         if padding is not None:
             update = torch.where(padding.unsqueeze(-1), update.detach(), update)
         result = add_rows(result, update, part.rows, -1, part.scale)
@@ -61,6 +65,14 @@ def _looked_up(ids: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     # As exact as the wider of table and adapter: nothing is cast where they are alike.
     wide = torch.promote_types(a.dtype, dtype)
     return F.linear(F.embedding(ids, a.t()).to(wide), b.to(wide))
+
+
+def ids_mask(ids: Tensor, lora: LiveParts) -> Tensor | None:
+    """Return the dropout of every looked-up id, zero or ``1 / (1 - p)``, one for all parts; None without."""
+    first = lora[0] if lora else None
+    if first is None or not first.dropout:
+        return None
+    return F.dropout(torch.ones(ids.shape, dtype=first.a.dtype, device=ids.device), first.dropout)
 
 
 class EmbeddingKind(Kind):
@@ -79,11 +91,9 @@ class EmbeddingKind(Kind):
         del call
         return columns_form(shape)
 
-    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
-        """Rows of A^T and their products with B, unless W itself has to be looked up."""
-        if call.arg(5, "scale_grad_by_freq", default=False):
-            return Expected("weight", "W' is looked up: gradients are divided by how often an id occurs")
-        return super().expected(call, weight, work)
+    def unbranched(self, call: Call) -> str | None:
+        """Gradients by frequency are those of one lookup in ``W``."""
+        return BY_FREQUENCY if call.arg(5, "scale_grad_by_freq", default=False) else None
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

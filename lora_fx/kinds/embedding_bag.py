@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from lora_fx.kinds.base import Branch, Call, Kind, LiveParts, Operand, add_rows, has_weight, shape_of
 from lora_fx.kinds.effective import effective_weight
-from lora_fx.kinds.embedding import MAX_NORM
-from lora_fx.kinds.expected import Expected, Work
+from lora_fx.kinds.embedding import BY_FREQUENCY, MAX_NORM, ids_mask
 from lora_fx.matrix import MatrixForm, columns_form
 
 
@@ -31,7 +30,8 @@ def adapted_embedding_bag(
     """Return the bags of ``W0`` plus ``sum over parts of scale * bag(A^T) B^T``.
 
     ``settings`` are ``F.embedding_bag``'s: max_norm, norm_type, scale_grad_by_freq, mode, sparse,
-    per_sample_weights, include_last_offset, padding_idx.
+    per_sample_weights, include_last_offset, padding_idx. Dropout is an embedding's: it drops what is added
+    to an id of a bag as a whole.
     """
     given = {**dict(zip(_SETTINGS, settings, strict=False)), **named}
     if not lora:
@@ -40,9 +40,10 @@ def adapted_embedding_bag(
         form = columns_form(tuple(weight.shape))
         return F.embedding_bag(input, effective_weight(weight, form, lora), offsets, **given)
     result = F.embedding_bag(input, weight, offsets, **given)
+    mask = ids_mask(input, lora)
     for part in lora:
         wide = torch.promote_types(part.a.dtype, weight.dtype)
-        update = _bags(input, offsets, part.a.to(wide), part.b.to(wide), given)
+        update = _bags(input, offsets, part.a.to(wide), part.b.to(wide), given, mask)
         result = add_rows(result, update * part.scale, part.rows, -1)
     return result
 
@@ -59,12 +60,24 @@ _SETTINGS = (
 )
 
 
-def _bags(ids: Tensor, offsets: Tensor | None, a: Tensor, b: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _bags(
+    ids: Tensor, offsets: Tensor | None, a: Tensor, b: Tensor, given: Mapping[str, Any], mask: Tensor | None
+) -> Tensor:
     # Sparse gradients are for tables that are trained; A is dense.
     weights = given.get("per_sample_weights")
     weights = None if weights is None else weights.to(a.dtype)
     how: dict[str, Any] = {**given, "sparse": False, "per_sample_weights": weights}
-    return F.linear(F.embedding_bag(ids, a.t().contiguous(), offsets, **how), b)
+    if mask is None:
+        return F.linear(F.embedding_bag(ids, a.t().contiguous(), offsets, **how), b)
+    mask = mask.to(a.dtype)
+    summed = {**how, "mode": "sum", "per_sample_weights": mask if weights is None else mask * weights}
+    bags = F.embedding_bag(ids, a.t().contiguous(), offsets, **summed)
+    if how.get("mode", "mean") == "mean":
+        # torch weighs sums alone: the mean is a sum over the number of ids, padding left out.
+        one = torch.ones(a.shape[1], 1, dtype=a.dtype, device=a.device)
+        counts = F.embedding_bag(ids, one, offsets, **{**summed, "per_sample_weights": None})
+        bags = bags / counts.clamp_min(1)
+    return F.linear(bags, b)
 
 
 class EmbeddingBagKind(Kind):
@@ -83,13 +96,11 @@ class EmbeddingBagKind(Kind):
         del call
         return columns_form(shape)
 
-    def expected(self, call: Call, weight: tuple[int, ...], work: Work) -> Expected:
-        """Rows of A^T and their products with B, unless W itself has to be looked up."""
+    def unbranched(self, call: Call) -> str | None:
+        """The maximum of a bag and gradients by frequency are those of one lookup in ``W``."""
         if call.arg(6, "mode", "mean") == "max":
-            return Expected("weight", "W' is looked up: the maximum of a bag is not linear in W")
-        if call.arg(5, "scale_grad_by_freq", default=False):
-            return Expected("weight", "W' is looked up: gradients are divided by how often an id occurs")
-        return super().expected(call, weight, work)
+            return "W itself is looked up, since the maximum of a bag is not linear in W"
+        return BY_FREQUENCY if call.arg(5, "scale_grad_by_freq", default=False) else None
 
     @property
     def homes(self) -> tuple[type[nn.Module], ...]:

@@ -239,7 +239,7 @@ def test_a_weight_that_is_asked_for_is_read(name: str, seen: list[str]) -> None:
     del seen[:]
     model(*x) if isinstance(x, tuple) else model(x)
     assert set(seen) == {"weight"}
-    idle = name in {"attention", "own forward", "dora"}
+    idle = name in {"attention", "own forward", "dora", "by frequency", "maxima"}
     assert all(("changes nothing" in d.form_reason) is idle for d in plan.adapted)
 
 

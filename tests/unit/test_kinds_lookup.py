@@ -132,3 +132,84 @@ def test_a_narrower_adapter_is_computed_as_exactly_as_its_table(
     found = run(model, IDS)
     with folded(model):
         assert distance(found, run(model, IDS)) <= limit
+
+
+def updates(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return what the adapter adds to the base's output."""
+    with lora_fx.disable_adapter(model):
+        base = model(*inputs)
+    return model(*inputs) - base
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_dropout_of_an_embedding_drops_looked_up_ids(init: str) -> None:
+    model = nn.Sequential(nn.Embedding(7, 5)).double()
+    policy = lora_fx.Policy(lora_fx.Rule(dropout=0.25, rank=2, init=init))
+    lora_fx.inject(model, policy, IDS)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.copy_(torch.randn_like(parameter))
+    ids = torch.arange(7).repeat(1000)
+    whole = updates(model.eval(), ids)
+    with folded(model):
+        wanted = run(model, ids)
+    assert distance(run(model, ids), wanted) <= 1e-12
+    found = updates(model.train(), ids)
+    scale = (found * whole).sum(-1) / whole.square().sum(-1)
+    torch.testing.assert_close(found, whole * scale.unsqueeze(-1))
+    kept = scale > 0.5
+    torch.testing.assert_close(scale, kept.double() / 0.75)
+    # 7000 draws: four standard deviations of their mean are 0.021.
+    assert abs(float(kept.double().mean()) - 0.75) < 0.021
+    assert not torch.equal(kept[:7], kept[7:14]) or not torch.equal(kept[:7], kept[14:21])
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding_idx", "weighted"),
+    [("sum", None, False), ("sum", 4, True), ("mean", None, False), ("mean", 4, False)],
+)
+def test_dropout_of_a_bag_drops_ids_of_the_bag(mode: str, padding_idx: int | None, weighted: bool) -> None:
+    model = nn.Sequential(Bag(mode=mode, padding_idx=padding_idx).double())
+    bag = model[0].bag
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(kind="embedding_bag", dropout=0.5, rank=2)), IDS)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(model):
+            parameter.copy_(torch.randn_like(parameter))
+    offsets = torch.tensor([0, 3, 3, 8])
+    weights = torch.rand(12, dtype=torch.float64) + 0.5 if weighted else None
+    with lora_fx.disable_adapter(model):
+        base = bag(IDS.flatten(), offsets, weights)
+    model.train()
+    torch.manual_seed(3)
+    found = bag(IDS.flatten(), offsets, weights) - base
+    torch.manual_seed(3)
+    mask = nn.functional.dropout(torch.ones(12, dtype=torch.float64), 0.5)
+    assert 0 < int((mask == 0).sum()) < 12
+    delta = bag.weight.detach() - dict(model.named_parameters())["0.bag.weight"]
+    ids, ends, wanted = IDS.flatten(), [3, 3, 8, 12], torch.zeros(4, 5, dtype=torch.float64)
+    for row, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        own = [i for i in range(start, stop) if ids[i] != padding_idx]
+        for i in own:
+            factor = mask[i] * (1 if weights is None else weights[i])
+            wanted[row] += factor * delta[ids[i]] / (len(own) if mode == "mean" else 1)
+    torch.testing.assert_close(found, wanted)
+    lora_fx.verify(model, IDS).raise_for_failure()
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.EmbeddingBag(7, 5, mode="max"), "the maximum of a bag is not linear in W"),
+        (nn.EmbeddingBag(7, 5, scale_grad_by_freq=True), "divided by how often an id occurs"),
+        (nn.Embedding(7, 5, scale_grad_by_freq=True), "divided by how often an id occurs"),
+    ],
+)
+def test_dropout_where_the_weight_itself_is_looked_up_is_refused(layer: nn.Module, why: str) -> None:
+    model = nn.Sequential(layer)
+    with pytest.raises(lora_fx.PolicyError, match=why):
+        lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule(dropout=0.1)), IDS)
+    plan = lora_fx.plan(model, lora_fx.Policy(lora_fx.Rule()), IDS)
+    assert plan["0.weight"].form == "weight"
+    assert why in plan["0.weight"].form_reason
+    lora_fx.inject(model, plan, IDS)
+    check(model, IDS)
