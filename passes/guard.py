@@ -96,6 +96,11 @@ class EffectiveWeight(Tensor):
         del source, named
         raise _refusal("set_", (self,), {})
 
+    def as_subclass(self, cls: Any) -> Any:
+        """Return it as another class; as a plain tensor it stays guarded, being one that computes alike."""
+        made: Any = super().as_subclass(cls)
+        return _marked(made, self.written_as) if type(made) is Tensor else made
+
     def _use_count(self) -> int:
         """Raise: ``torch.utils.swap_tensors`` asks this of both tensors before it exchanges them."""
         raise _refusal("swap_tensors", (self,), {})
@@ -103,7 +108,7 @@ class EffectiveWeight(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the values as a plain tensor."""
         del memo
-        return self.detach().as_subclass(Tensor).clone()
+        return self.detach().clone()
 
 
 def _changes_nothing(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -115,6 +120,17 @@ def _changes_nothing(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
         copy = weight.clone()
         func(copy, *args[1:], **kwargs)
         return torch.equal(copy, weight)
+
+
+def refuse_written(where: str) -> WeightWriteError:
+    """Return the error for an effective weight that was written past its guard, found at the next reading."""
+    return WeightWriteError(
+        where,
+        expected="a write to the base weight W0",
+        got="a write to the effective weight W past its guard (Tensor._make_subclass, torch.Tensor(W), "
+        "another library's memory): it is lost",
+        advice="Write to dict(module.named_parameters())[name], which is W0, or unload first.",
+    )
 
 
 def _refusal(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> WeightWriteError:

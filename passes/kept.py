@@ -5,6 +5,9 @@ from changes: W0, A, B (by identity, memory and version) or inference mode. Writ
 versions by, so A, B and magnitudes are compared by value too, and of W0 one element in every row and in
 every column is: a ``.data`` write of less than a row or a column of W0 may go unseen until the next
 training step. Any other use drops what is kept. It costs one copy of W0's memory.
+
+What is kept could be written by who gets past its guard, and later readings would see it: such a write is
+looked for in the same way, and refused at the next reading.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_fx.passes.guard import refuse_written
+
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _Stamp = tuple[tuple[int, int, int], ...]
 
@@ -28,6 +33,8 @@ class _Kept:
     stamp: _Stamp
     values: tuple[Tensor, ...]
     weight: Tensor
+    version: int
+    crossing: Tensor
 
 
 _weights: weakref.WeakKeyDictionary[nn.Module, dict[str, _Kept]] = weakref.WeakKeyDictionary()
@@ -44,6 +51,9 @@ def kept(
     """Return the module's weight as it was computed last if nothing has changed, else compute it.
 
     ``small`` are the adapter's tensors; the weight depends on them, on ``base`` and ``scale`` alone.
+
+    Raises:
+        WeightWriteError: what was kept has been written to since.
     """
     if torch.compiler.is_compiling():
         return compute()  # compilers cannot follow a look into weak references
@@ -60,9 +70,20 @@ def kept(
         or (found.inference, found.scale, found.stamp) != (inference, scale, stamp)
         or not all(torch.equal(t, value) for t, value in zip(values, found.values, strict=True))
     ):
-        copies = tuple(t.detach().clone() for t in values)
-        found = held[name] = _Kept(inference, scale, stamp, copies, compute())
+        copies, weight = tuple(t.detach().clone() for t in values), compute()
+        own = _version(weight), _crossing(weight).clone()
+        found = held[name] = _Kept(inference, scale, stamp, copies, weight, *own)
+    elif _version(found.weight) != found.version or not torch.equal(_crossing(found.weight), found.crossing):
+        del held[name]
+        fresh = compute()
+        if not torch.allclose(found.weight, fresh, rtol=0.0, atol=0.0, equal_nan=True):
+            raise refuse_written(f"{name!r} of {type(module).__name__}")
+        return fresh
     return found.weight
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _crossing(base: Tensor) -> Tensor:

@@ -128,3 +128,36 @@ def test_every_row_and_column_of_the_base_is_looked_at(shape: tuple[int, ...]) -
     matrix = base.reshape(shape[0], -1)
     assert matrix.any(0).all()
     assert matrix.any(1).all()
+
+
+PAST_THE_GUARD: dict[str, Callable[[Tensor], object]] = {
+    "made a plain tensor": lambda w: Tensor._make_subclass(Tensor, w).zero_(),
+    "torch's oldest constructor": lambda w: torch.Tensor(w).zero_(),
+    "past its version": lambda w: Tensor._make_subclass(Tensor, w).data.mul_(2),
+    "another library": lambda w: torch.from_dlpack(torch.utils.dlpack.to_dlpack(w)).zero_(),
+    "a class of its own": lambda w: w.as_subclass(nn.Parameter).zero_(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", sorted(PAST_THE_GUARD))
+def test_a_write_past_the_guard_is_refused_at_the_next_reading(
+    model: nn.Module, name: str, mode: Callable[[], torch.no_grad]
+) -> None:
+    x = torch.randn(3, 8)
+    with mode():
+        before = model(x)
+        PAST_THE_GUARD[name](model.proj.weight)
+        with pytest.raises(lora_fx.WeightWriteError, match=r"'weight' of Linear: .*past its guard"):
+            model(x)
+        assert torch.equal(model(x), before)
+
+
+def test_a_write_past_the_guard_that_changes_nothing_is_none(model: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        before = model(x)
+        Tensor._make_subclass(Tensor, model.proj.weight).mul_(1)
+        assert torch.equal(model(x), before)
+        named(model, "proj.weight")[0, 0] = float("nan")
+        assert all(torch.equal(model(x).isnan(), model(x).isnan()) for _ in range(2))

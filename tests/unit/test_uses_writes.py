@@ -63,6 +63,8 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "the flag": lambda w: w.requires_grad_(False),
     "the flag as an attribute": lambda w: setattr(w, "requires_grad", False),
     "a gradient": lambda w: setattr(w, "grad", torch.zeros_like(w)),
+    "as a plain tensor": lambda w: w.detach().as_subclass(Tensor).zero_(),
+    "the data of a plain tensor": lambda w: w.as_subclass(Tensor).data.view(-1).zero_(),
     "a hook": lambda w: w.register_hook(lambda g: 2 * g),
 }
 
