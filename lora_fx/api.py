@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lora_fx.adapter_file import AdapterFile
-from lora_fx.deciding import Model, module_of, plan_of, refuse_misfit_of, source_of, trace_of
+from lora_fx.deciding import Model, fitted, module_of, plan_of, source_of, trace_of
 from lora_fx.errors import AdapterFileError
 from lora_fx.fingerprints import BaseCheck
 from lora_fx.notices import warn_user
@@ -89,8 +89,8 @@ def inject(
     refuse_parts(model)
     insert_pass.check_name(adapter, injected(model))
     if isinstance(policy_or_plan, Plan):
-        decided, traced = policy_or_plan, trace_of(source, example_inputs)
-        refuse_misfit_of(model, decided, traced)
+        traced = trace_of(source, example_inputs)
+        decided = fitted(model, policy_or_plan, traced)
     else:
         decided, traced = plan_of(source, policy_or_plan, example_inputs)
     if not (decided.adapted or decided.trained or decided.extras):

@@ -22,7 +22,7 @@ from lora_fx.passes.trace import Trace, trace
 from lora_fx.passes.tree import sites_from_modules
 from lora_fx.passes.unsaved import unsaved
 from lora_fx.passes.wrapped import refuse_lazy, refuse_parts
-from lora_fx.planning import make_plan
+from lora_fx.planning import make_plan, restate
 from lora_fx.plans import Extra, Plan
 from lora_fx.policy import Policy, checked_policy
 
@@ -118,13 +118,21 @@ def plan_of(source: Model, policy: Policy, example_inputs: Any) -> tuple[Plan, T
     return decided, traced
 
 
-def refuse_misfit_of(model: nn.Module, planned: Plan, traced: Trace | None) -> None:
-    """Say exactly where a plan that was made elsewhere does not fit this model."""
+def fitted(model: nn.Module, planned: Plan, traced: Trace | None) -> Plan:
+    """Return a plan that was made elsewhere as it is carried out on this model, as far as its run shows.
+
+    Raises:
+        PlanError: it does not fit this model; it says exactly where.
+        PolicyError: dropout or a branch is asked for where an adapter is an effective weight here.
+    """
     with base_only(model):
         sites = sites_from_modules(model) if traced is None else match(traced)
         held = _held(model)
         buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     refuse_misfit(planned, sites, held, buffers, traced=traced is not None and planned.examples is not None)
+    if traced is None:
+        return planned
+    return expect(restate(planned, sites, type(model).__name__, traced.examples), traced)
 
 
 def _held(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -9,6 +9,7 @@ from lora_fx.errors import PolicyError
 from lora_fx.matrix import row_count
 from lora_fx.plans import Decision, Form, Part, Reason
 from lora_fx.policy import Rule, Skip, Train
+from lora_fx.rules import Compute
 from lora_fx.sites import NO_EFFECT, OTHER, Site
 
 _ADAPTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
@@ -76,7 +77,7 @@ def _adapt(site: Site, facts: Site, claims: Sequence[Claim], rule_text: str | No
         part, note = _part(site, claim, asked)
         parts.append(part)
         details.append(note)
-    form, form_reason = _form(facts, rule)
+    form, form_reason = form_of(facts, compute=rule.compute, dora=rule.dora)
     return Decision(
         site,
         "adapt",
@@ -107,19 +108,19 @@ def _part(site: Site, claim: Claim, rule: Rule) -> tuple[Part, str]:
     return part, f"{where}rank {rule.rank} capped at {rank}, {most}"
 
 
-def _form(facts: Site, rule: Rule) -> tuple[Form, str]:
-    """Choose how the adapter is computed: a branch where every use is proven to allow it."""
-    form, why = _form_of_uses(facts, rule)
-    if rule.compute != "weight":
+def form_of(facts: Site, *, compute: Compute, dora: bool) -> tuple[Form, str]:
+    """Return how the adapter is computed, and why: a branch where every use is proven to allow it."""
+    form, why = _form_of_uses(facts, dora=dora)
+    if compute != "weight":
         return form, why
     asked = "compute='weight' asks for it"
-    idle = form == "weight" and (rule.dora or facts.uses)
+    idle = form == "weight" and (dora or facts.uses)
     return "weight", f"{asked}, and changes nothing: {why}" if idle else asked
 
 
-def _form_of_uses(facts: Site, rule: Rule) -> tuple[Form, str]:
+def _form_of_uses(facts: Site, *, dora: bool) -> tuple[Form, str]:
     whys = dict.fromkeys(use.why for use in facts.uses if use.why)
-    if rule.dora:
+    if dora:
         return "weight", "DoRA scales whole rows, and no branch for it exists"
     if not facts.uses:
         return "weight", "no recorded run shows how it is used"

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lora_fx.budgets import Budget, fit_ranks, parse_budget
 from lora_fx.claims import claim_rows
-from lora_fx.decisions import decide
+from lora_fx.decisions import decide, form_of
 from lora_fx.errors import PolicyError
 from lora_fx.extras import Parameters, bias_extras, train_extras
 from lora_fx.inventory import describe_sites
@@ -78,6 +78,29 @@ def make_plan(
     )
     _refuse_nothing(plan, policy, list(facts.values()))
     return plan
+
+
+def restate(plan: Plan, sites: Sequence[Site], model: str, examples: str) -> Plan:
+    """Return a plan that was made elsewhere with the forms that a recorded run of this model shows.
+
+    Raises:
+        PolicyError: dropout or a branch is asked for where an adapter is an effective weight here.
+    """
+    here = {name: site for site in sites for name in (site.name, *site.names)}
+    facts = _with_twins(sites)
+
+    def restated(decision: Decision) -> Decision:
+        if decision.action != "adapt":
+            return decision
+        found = here[decision.name]
+        form, why = form_of(facts[found.name], compute=decision.compute, dora=decision.dora)
+        site = replace(decision.site, uses=found.uses, twin=found.twin)
+        return replace(decision, site=site, form=form, form_reason=why)
+
+    decisions = tuple(map(restated, plan.decisions))
+    _refuse_dropout(decisions)
+    _refuse_branch(decisions, traced=True)
+    return replace(plan, decisions=decisions, model=model, examples=plan.examples or examples)
 
 
 def _with_twins(sites: Sequence[Site]) -> dict[str, Site]:

@@ -45,11 +45,11 @@ def _expected(decision: Decision, plan: Plan, nodes: Mapping[str, fx.Node]) -> D
 
 def _of_use(use: Use, decision: Decision, nodes: Mapping[str, fx.Node]) -> Expected:
     if not use.branch or decision.dora or (decision.form == "weight" and decision.compute != "weight"):
-        return _read(decision)
+        return read_anew(decision)
     cheapest = _of_branch(use, decision, nodes)
     beside = f"without compute={decision.compute!r} {cheapest.how}, {cheapest.why}"
     if decision.compute == "weight":
-        read = _read(decision)
+        read = read_anew(decision)
         return Expected(read.how, f"{read.why}; {beside}")
     if decision.compute == "branch" and cheapest.how.startswith(("kept", "merged")):
         return Expected("added", f"thin products; {beside}")
@@ -76,8 +76,8 @@ def work_of(decision: Decision) -> Work:
     )
 
 
-def _read(decision: Decision) -> Expected:
-    """Say what reading W costs."""
+def read_anew(decision: Decision) -> Expected:
+    """Return what reading W costs."""
     form = decision.site.form
     rows = sum(part.rank * row_count(part.rows, form) for part in decision.parts)
     products = (form.experts or 1) * form.in_features * rows

@@ -10,8 +10,8 @@ from lora_fx.passes.runtime import Injected, binding, branchable
 from lora_fx.passes.stock_forward import rewrite
 
 
-def rewrite_graph(model: fx.GraphModule, record: Injected) -> None:
-    """Replace, in the user's graph, every call on an adapted weight that has a branch.
+def rewrite_graph(model: fx.GraphModule, record: Injected) -> frozenset[str]:
+    """Replace, in the user's graph, every call on an adapted weight that has a branch; return these weights.
 
     Other reads of the weight go through the owner's property, so nothing is lost where there is none.
     """
@@ -25,8 +25,9 @@ def rewrite_graph(model: fx.GraphModule, record: Injected) -> None:
         if (held := binding(module)) is not None
         for name, how in branchable(held).items()
     }
-    rewrite(model.graph, adapted)
+    done = rewrite(model.graph, adapted)
     model.recompile()
+    return done
 
 
 def restore_graph(model: fx.GraphModule, record: Injected) -> None:

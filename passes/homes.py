@@ -21,9 +21,7 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
     where = f"in the forward of {repr(path) if path else 'the model'} ({type(home).__name__})"
     if found.computed is not None:
         return False, f"{call} {where}: the weight is computed by {found.computed}"
-    if op not in found.kind.branches:
-        return False, f"{call} {where}: there is no branch for {op}"
-    unbranched = found.kind.unbranched(Call(op, found.node.args, found.node.kwargs, shape_of(found.node)))
+    unbranched = f"there is no branch for {op}" if op not in found.kind.branches else _unbranched(found)
     if unbranched is not None:
         return False, f"{call} {where}: {unbranched}"
     if not _stands_alone(found):
@@ -32,11 +30,16 @@ def branch_of(found: Found, home: nn.Module | None, path: str, names: tuple[str,
         return False, f"{call} {where}: no module of the model"
     if isinstance(home, torch.jit.ScriptModule):
         return False, f"{call} {where}, which is compiled by TorchScript"
-    if isinstance(home, fx.GraphModule):
+    if isinstance(home, fx.GraphModule) and not path:  # one inside the model keeps its graph
         if found.direct:
             return True, "in the module's own graph"
         return False, f"{call} {where}: the weight is a view of the parameter"
     return _stock(found.kind, home, path, names, f"{call} {where}")
+
+
+def _unbranched(found: Found) -> str | None:
+    node = found.node
+    return found.kind.unbranched(Call(found.op, node.args, node.kwargs, shape_of(node)))
 
 
 def _stands_alone(found: Found) -> bool:

@@ -20,6 +20,7 @@ from lora_fx.kinds.producers import remember_norms
 from lora_fx.matrix import MatrixForm
 from lora_fx.passes import graph_module
 from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
+from lora_fx.passes.made import as_made
 from lora_fx.passes.norms import freeze_norms
 from lora_fx.passes.registers import own_parameters, plain
 from lora_fx.passes.remove import remove
@@ -38,7 +39,7 @@ from lora_fx.passes.runtime import (
     raw,
 )
 from lora_fx.passes.stock_forward import rewrite, stock_home, trace_stock
-from lora_fx.passes.subclass import attach, constants
+from lora_fx.passes.subclass import attach, constants, own_class
 from lora_fx.passes.switch import apply_trainability
 from lora_fx.passes.unsaved import buffer_prints
 from lora_fx.passes.wrapped import refuse_lazy
@@ -213,9 +214,16 @@ def _rewrite(
     for module in touched.values():
         choose_branches(module)
         attach(module)
-    if isinstance(model, fx.GraphModule):
-        graph_module.rewrite_graph(model, record)
+    own = graph_module.rewrite_graph(model, record) if isinstance(model, fx.GraphModule) else frozenset()
     freeze_norms(model, record.state)
+    branched = own.union(n for n, held in holders.items() if any(_has_branch(owner) for owner in held))
+    cls = own_class(model).__name__
+    record.plans.update({name: as_made(plan, branched, cls) for name, plan in record.plans.items()})
+
+
+def _has_branch(owner: Owner) -> bool:
+    held = binding(owner.module)
+    return held is not None and owner.attribute in held.branched
 
 
 def _add(
