@@ -28,6 +28,7 @@ from lora_fx.passes.sharded import first_process
 from lora_fx.passes.trace import Trace
 from lora_fx.passes.trace import trace as record
 from lora_fx.passes.unsaved import moved_buffers, named_writes, unsaved, unsaved_text
+from lora_fx.passes.untrained import warn_unchanged
 from lora_fx.passes.wrapped import refuse_parts, refuse_wrapped
 from lora_fx.plans import Plan
 from lora_fx.policy import Policy
@@ -167,7 +168,8 @@ def save_adapter(
     """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
 
     On a sharded model every process must call this; the first one writes, the others wait for it.
-    Warns of buffers of the base that have moved since inject: they are not in the file.
+    Warns of buffers of the base that have moved since inject, which are not in the file, and of an adapter
+    that changes no weight.
     With ``format="peft"`` as a folder that ``PeftModel.from_pretrained`` loads (an adapter that is not
     called "default" in a subfolder, as peft does), without plan and fingerprints.
 
@@ -186,6 +188,7 @@ def save_adapter(
     with first_process(model) as writes:
         if writes:
             written.write(target)
+            warn_unchanged(adapter, file.deltas)
             loose = switch.trainable_base(model)
             if loose:
                 more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""

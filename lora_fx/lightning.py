@@ -17,6 +17,7 @@ from lora_fx.checkpoints import adapter_state
 from lora_fx.errors import AdapterNameError
 from lora_fx.passes.registers import plain
 from lora_fx.passes.runtime import injected
+from lora_fx.passes.untrained import warn_unknown
 
 
 class AdapterCheckpoints(Callback):
@@ -30,6 +31,11 @@ class AdapterCheckpoints(Callback):
         del trainer, stage
         pl_module.strict_loading = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of optimisers that hold nothing of an injected model's adapter."""
+        for model in _injected_models(pl_module).values():
+            warn_unknown(model, trainer.optimizers)
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -39,7 +45,7 @@ class AdapterCheckpoints(Callback):
             AdapterNameError: the LightningModule holds no injected model.
         """
         del trainer
-        models = {path: m for path, m in pl_module.named_modules() if injected(m) is not None}
+        models = _injected_models(pl_module)
         if not models:
             raise AdapterNameError(
                 type(pl_module).__name__,
@@ -55,6 +61,10 @@ class AdapterCheckpoints(Callback):
             dropped = {plain(key) for key in base} - kept
             for key in [key for key in checkpoint["state_dict"] if plain(key) in dropped]:
                 del checkpoint["state_dict"][key]
+
+
+def _injected_models(module: LightningModule) -> dict[str, Any]:
+    return {path: model for path, model in module.named_modules() if injected(model) is not None}
 
 
 def _adapters(model: Any) -> list[str]:

@@ -22,6 +22,7 @@ from transformers import Trainer
 
 import lora_fx
 from lora_fx.passes.switch import require
+from lora_fx.passes.untrained import warn_unknown
 
 ADAPTER_FILE = "lora_fx_{adapter}.safetensors"
 """The file of each adapter in a checkpoint's folder; the name must not be one of the Trainer's own."""
@@ -36,15 +37,17 @@ class AdapterCheckpoints:
         state: Any
         processing_class: Any
         accelerator: Any
+        optimizer: Any
         push_to_hub: Any
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does.
+        """Train as the Trainer does; warn of an optimiser that holds nothing of the adapter.
 
         Raises:
             AdapterNameError: the model has no adapters; nothing has been trained.
         """
         require(self._injected(), None)
+        warn_unknown(self._injected(), [] if self.optimizer is None else [self.optimizer])
         trainer: Any = super()
         return trainer.train(*args, **kwargs)
 

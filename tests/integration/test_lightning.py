@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,24 @@ def test_a_module_without_adapters_is_refused(tmp_path: Path) -> None:
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
     with pytest.raises(AdapterNameError, match="LightningModule"):
         fit(module, tmp_path)
+
+
+class Early(Module):
+    """Makes its optimiser before the adapters."""
+
+    def __init__(self) -> None:
+        super().__init__(base(tied=True))
+        self.early = [torch.optim.AdamW(self.net.parameters(), lr=1e-2)]
+        lora_fx.inject(self.net, lora_fx.Policy(lora_fx.Rule(rank=2)), batch(0)[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.early[0]
+
+
+@pytest.mark.parametrize("module", [Early, Module])
+def test_an_optimiser_made_before_inject_is_told(tmp_path: Path, module: type[Module]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module(), tmp_path)
+    told = any("the optimiser holds none of the" in str(w.message) for w in caught)
+    assert told is (module is Early)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,26 @@ def test_a_model_without_adapters_is_not_trained(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.AdapterNameError, match="without"):
         trainer(model, tmp_path).train()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_optimiser_made_before_inject_is_told(tmp_path: Path, first: bool) -> None:
+    from lora_fx.trainer import AdapterTrainer
+
+    model = base()
+    early = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lora_fx.inject(model, POLICY, INPUTS, seed=1)
+    optimiser = early if first else torch.optim.AdamW(lora_fx.parameters(model), lr=1e-2)
+    args = trainer(model, tmp_path).args
+    args.max_steps = 1
+    run = AdapterTrainer(model, args, train_dataset=DATA, eval_dataset=DATA[:2], optimizers=(optimiser, None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+        lora_fx.save_adapter(model, tmp_path / "a.safetensors")
+    told = [str(w.message) for w in caught if "lora_fx.parameters(model)" in str(w.message)]
+    assert any("the optimiser holds none of the" in text for text in told) is first
+    assert any("changes no weight" in text for text in told) is first
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx import Policy, Rule
 from lora_fx.fingerprints import checksum
 from lora_fx.passes import managed
+from tests.by_hand import randomise
 
 X = torch.randn(3, 6)
 
@@ -555,6 +556,9 @@ def test_a_plan_that_trains_nothing_is_warned_of() -> None:
 
 def test_saving_warns_of_a_base_that_can_be_trained(tmp_path: Path) -> None:
     subject = lora_fx.inject(model(0), Policy(Rule(rank=2)), X)
+    with pytest.warns(UserWarning, match=r"'default' changes no weight: .* for all \d+.*lora_fx\.parameters"):
+        lora_fx.save_adapter(subject, tmp_path / "a.safetensors")
+    randomise(subject)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora_fx.save_adapter(subject, tmp_path / "a.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.passes.examples import own_copy
+from tests.by_hand import randomise
 from tests.odd_models import Force, Remembering
 
 
@@ -139,6 +140,7 @@ def test_state_that_is_in_no_adapter_file_is_told_of(tmp_path: Path) -> None:
     model = lora_fx.inject(Running().eval(), policy, x)
     report = lora_fx.verify(model, x)
     assert [n for n in report.notes if n.startswith("train: the forward itself writes into mean:")]
+    randomise(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora_fx.save_adapter(model, tmp_path / "still.safetensors")
