@@ -220,14 +220,29 @@ def add_rows(result: Tensor, update: Tensor, rows: Rows | None, axis: int, scale
 
 
 def strided_as(made: Tensor, weight: Tensor) -> Tensor:
-    """Return a new tensor with the strides of the weight that it stands for, where both are contiguous.
+    """Return a new tensor with the strides of the weight that it stands for, gaps between them included.
 
     The strides of axes of one entry say which memory format it is in, and with it the kernel and the format
-    of what is computed: a 1x1 kernel in channels_last is contiguous, too.
+    of what is computed: a 1x1 kernel in channels_last is contiguous, too. Those of a view of a larger tensor
+    choose the kernel of a product, and so its last bit. A weight whose entries share memory has none to give.
     """
-    if made.stride() == weight.stride() or not (made.is_contiguous() and weight.is_contiguous()):
+    if made.stride() == weight.stride():
         return made
-    return made.as_strided(weight.shape, weight.stride())
+    if made.is_contiguous() and weight.is_contiguous():
+        return made.as_strided(weight.shape, weight.stride())
+    if not _apart(weight):
+        return made
+    return made.new_empty_strided(weight.shape, weight.stride()).copy_(made)
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Say whether every entry has memory of its own, whatever lies between them."""
+    reach = 0
+    for step, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if step <= reach:
+            return False
+        reach += step * (size - 1)
+    return True
 
 
 def rows_index(rows: Rows, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from lora_fx.kinds import costs, wide
-from lora_fx.kinds.base import LiveParts
+from lora_fx.kinds.base import LiveParts, strided_as
 from lora_fx.kinds.eager import autocast_dtype, plain_eager, widens
 from lora_fx.kinds.expected import Expected, Work, added
 from lora_fx.kinds.masks import Mask, draw
@@ -123,10 +123,10 @@ def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LivePart
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``W + scale B A`` in W's memory format: a product with another one has other bits."""
+    """Return ``W + scale B A`` with W's strides: a product with other ones has other bits."""
     if weight.is_contiguous():
         return torch.addmm(weight, b, a, alpha=scale)
-    return torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t()
+    return strided_as(torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t(), weight)
 
 
 def _merges(x: Tensor, weight: Tensor, a: Tensor, *, columns: bool) -> tuple[bool, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -171,3 +172,35 @@ def test_a_frozen_start_adds_exactly_nothing_and_then_what_has_moved(dtype: torc
     form = rows_form((7, 5))
     delta = sum(low_rank_delta(form, part) for part in since_start(LivePart(a, b, 0.5), (a0, b0)))
     torch.testing.assert_close(delta, 0.5 * (b @ a - b0 @ a0))
+
+
+STRIDED = {
+    "every other row": lambda out, inp: torch.randn(2 * out, inp)[::2],
+    "every other column": lambda out, inp: torch.randn(out, 2 * inp)[:, ::2],
+    "padded rows": lambda out, inp: torch.randn(out, inp + 3)[:, :inp],
+    "every other row, transposed": lambda out, inp: torch.randn(2 * inp, out)[::2].t(),
+    "padded rows, transposed": lambda out, inp: torch.randn(inp, out + 3)[:, :out].t(),
+}
+
+
+@pytest.mark.parametrize("compute", ["auto", "weight", "branch"])
+@pytest.mark.parametrize("name", sorted(STRIDED))
+def test_a_weight_with_gaps_starts_at_the_bits_of_the_base(name: str, compute: Any) -> None:
+    torch.manual_seed(0)
+    apart = 0
+    for out, inp, rows in itertools.product((1, 64), (16, 40), (1, 2, 7)):
+        layer = nn.Linear(inp, out)
+        layer.weight = nn.Parameter(STRIDED[name](out, inp))
+        model, x = nn.Sequential(layer), torch.randn(rows, inp)
+        wanted, stride = model(x).detach(), layer.weight.stride()
+        apart += not torch.equal(F.linear(x, layer.weight.detach().contiguous(), layer.bias), wanted)
+        lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=1, compute=compute)), x, seed=0)
+        assert torch.equal(model(x), wanted)
+        assert layer.weight.stride() == stride
+        with lora_fx.folded(model):
+            assert torch.equal(model(x), wanted)
+        randomise(model)
+        found = run(model, x)
+        with lora_fx.folded(model):
+            assert distance(found, run(model, x)) <= 1e-5
+    assert apart or name == "every other row"  # elsewhere the strides do decide on bits
