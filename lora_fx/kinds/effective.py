@@ -7,11 +7,14 @@ Plain: ``W = W0 + sum over parts of scale * B A``, each part on its own rows. Do
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from lora_fx.kinds.base import LivePart, LiveParts, rows_index, strided_as
+from lora_fx.kinds.eager import plain_eager
 from lora_fx.matrix import MatrixForm, columns_form, rows_form
 
 
@@ -37,7 +40,29 @@ def effective_weight(
         weight = _with_part(weight, form, part)
     if magnitude is not None:
         weight = _with_magnitude(weight, magnitude.to(wide), form)
-    return strided_as(weight.to(base.dtype), base)
+    weight = strided_as(weight.to(base.dtype), base)
+    table = len(form.shape) == 2 and form == columns_form(form.shape)
+    return _densely(weight) if table and weight.requires_grad and plain_eager(weight) else weight
+
+
+class _Dense(Function):
+    """The identity; its gradient, sparse where a table was looked up with ``sparse=True``, has its zeros.
+
+    The products that made ``W`` take no other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        del ctx
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del ctx
+        return grads[0].to_dense() if grads[0].is_sparse else grads[0]
+
+
+_densely: Any = _Dense.apply
 
 
 def _with_part(weight: Tensor, form: MatrixForm, part: LivePart) -> Tensor:

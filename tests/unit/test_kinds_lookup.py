@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.kinds import BY_NAME
 from lora_fx.passes.fold import folded
-from tests.by_hand import adapt, branched, check, distance, owned_forms, run
+from tests.by_hand import adapt, branched, check, distance, owned_forms, randomise, run
 
 IDS = torch.tensor([[1, 4, 4, 2], [0, 3, 4, 1], [2, 2, 0, 6]])
 OFFSETS = torch.tensor([0, 3, 3, 8])
@@ -76,6 +79,37 @@ def test_sparse_embeddings_train_dense_adapters() -> None:
 def test_sparse_embeddings_are_verified(layer: type[nn.Module]) -> None:
     model = nn.Sequential(layer(7, 5, sparse=True), nn.Tanh()).double()
     adapt(model)
+    check(model, IDS)
+
+
+class Table(nn.Module):
+    """Looks a sparse table up by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.embedding(ids, self.table.weight, sparse=True))
+
+
+@pytest.mark.parametrize("how", [{"compute": "weight"}, {"dora": True}, {"init": "pissa"}])
+@pytest.mark.parametrize("make", [Table, lambda: nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Tanh())])
+def test_sparse_embeddings_in_the_weight_form(make: Callable[[], nn.Module], how: dict[str, Any]) -> None:
+    model = make().double()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2, **{"compute": "weight", **how})), IDS)
+    assert {d.form for d in lora_fx.audit(model).rows} == {"weight"}
+    randomise(model)
+    check(model, IDS)
+    model(IDS).sum().backward()
+    gradients = [p.grad for p in lora_fx.parameters(model)]
+    assert all(g is not None and not g.is_sparse and g.any() for g in gradients)
+
+
+def test_a_sparse_bag_in_the_weight_form() -> None:
+    model = Bag(mode="sum", sparse=True).double()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2, compute="weight")), IDS)
+    randomise(model)
     check(model, IDS)
 
 
