@@ -11,8 +11,9 @@ from torch import nn
 
 from lora_fx.errors import WeightWriteError
 from lora_fx.kinds.spread import is_sharded
-from lora_fx.passes.registers import own_parameters
-from lora_fx.passes.runtime import binding
+from lora_fx.passes.guard import EffectiveWeight
+from lora_fx.passes.registers import own_buffers, own_parameters
+from lora_fx.passes.runtime import Binding, binding
 from lora_fx.passes.sharded import is_read_by
 from lora_fx.passes.spreading import refuse_unspreadable, spread_adapters
 
@@ -24,7 +25,8 @@ def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -
     attribute, it manages itself.
 
     Raises:
-        WeightWriteError: the new weight has another shape than its adapters.
+        WeightWriteError: the new weight has another shape than its adapters; or a reparametrization would
+            put parameters of its own in an adapted weight's place.
         WrappedModelError: tensor parallelism splits what adapters do not follow.
     """
     held, old, frame = binding(self), own_parameters(self).get(name), inspect.currentframe()
@@ -45,6 +47,8 @@ def _is_set(caller: FrameType | None) -> bool:
 
 def _register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     held, old = binding(module), own_parameters(module).get(name)
+    if held is not None:
+        _refuse_replacing(module, held, name, param)
     if held is None or name not in held.sites:
         nn.Module.register_parameter(module, name, param)
         return
@@ -56,6 +60,28 @@ def _register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
             advice="Call lora_fx.unload first, and inject again after the change.",
         )
     own_parameters(module)[name] = param
+
+
+def _refuse_replacing(module: nn.Module, held: Binding, name: str, param: object) -> None:
+    """Refuse what pruning and weight_norm register in the place of an adapted weight.
+
+    Raises:
+        WeightWriteError: an effective weight is registered as a Parameter, or an adapted weight is gone.
+    """
+    gone = [n for n in held.sites if n != name and _is_gone(module, n)]
+    if not gone and not isinstance(param, EffectiveWeight):
+        return
+    raise WeightWriteError(
+        f"{gone[0] if gone else name!r} of {held.base_class.__name__}",
+        expected="an adapted weight to stay in its module",
+        got=f"a new parameter {name!r} in its place, as pruning or weight_norm after the adapters makes",
+        advice=("Put it back (register_parameter). " if gone else "")
+        + "Call lora_fx.unload first, or prune and reparametrize before the adapters.",
+    )
+
+
+def _is_gone(module: nn.Module, name: str) -> bool:
+    return own_parameters(module).get(name) is None and own_buffers(module).get(name) is None
 
 
 def delattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str], None]:

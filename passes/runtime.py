@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lora_fx.errors import WeightWriteError
 from lora_fx.kinds.base import LivePart, LiveParts, since_start
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
@@ -178,12 +179,21 @@ def branchable(held: Binding) -> dict[str, Branched]:
 
 
 def raw(module: nn.Module, name: str) -> Tensor:
-    """Return ``W0``, or another Parameter or buffer of the module, past every property."""
+    """Return ``W0``, or another Parameter or buffer of the module, past every property.
+
+    Raises:
+        WeightWriteError: it is not there any more.
+    """
     tensor: Tensor | None = own_parameters(module).get(name)
     if tensor is None:
         tensor = own_buffers(module).get(name)
     if tensor is None:
-        raise RuntimeError(f"{name!r} of {type(module).__name__} is gone")
+        raise WeightWriteError(
+            f"{name!r} of {type(module).__name__}",
+            expected="a Parameter, as inject left it there",
+            got="none: it was deleted, or a parametrization (weight_norm, pruning) took it away",
+            advice="Put it back (register_parameter), and call lora_fx.unload before such a change.",
+        )
     return tensor
 
 

@@ -49,6 +49,10 @@ from lora_fx.passes.stock_forward import (
 )
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+_made: set[type[nn.Module]] = set()
+"""The subclasses of adapted modules, as against what others make of them."""
+_first: dict[type[nn.Module], type[nn.Module]] = {}
+"""Of a class that others put on top and that was put over another: the one that they made."""
 
 
 def attach(module: nn.Module) -> None:
@@ -76,15 +80,25 @@ def detach(module: nn.Module) -> None:
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give the module a class, under the one that ``fully_shard`` put on top where it did."""
-    current = type(module)
-    if any(c.__name__ == "FSDPModule" for c in current.__bases__):
-        key = ("fsdp", current.__bases__[0], cls)
-        if key not in _classes:
-            body = {k: v for k, v in vars(current).items() if k not in {"__dict__", "__weakref__"}}
-            _classes[key] = _new_class(cls, (current.__bases__[0], cls), body, current.__name__)
-        cls = _classes[key]
-    module.__class__ = cls
+    """Give the module a class, under those that others put on top since: fully_shard, parametrizations."""
+    held: Binding = module.__dict__[BINDING]
+    module.__class__ = _under(type(module), held.base_class, cls)
+
+
+def _under(current: type[nn.Module], base: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """Return ``current`` with ``cls`` in the place of ``base``, or of the subclass of it made here."""
+    if current is base or current in _made:
+        return cls
+    first = _first.get(current, current)
+    bases = tuple(_under(b, base, cls) if issubclass(b, base) else b for b in first.__bases__)
+    if bases == first.__bases__:
+        return first
+    key = ("on top", first, bases)
+    if key not in _classes:
+        body = {k: v for k, v in vars(first).items() if k not in {"__dict__", "__weakref__"}}
+        _classes[key] = _new_class(cls, bases, body, first.__name__)
+        _first[_classes[key]] = first
+    return _classes[key]
 
 
 def stock_class(module: nn.Module, homes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
@@ -195,6 +209,7 @@ def _subclass(
         if names and forward is not None:
             body["__setattr__"] = _setattr(base)
         _classes[key] = _new_class(base, (base,), body)
+        _made.add(_classes[key])
     return _classes[key]
 
 

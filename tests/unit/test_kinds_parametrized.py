@@ -189,3 +189,77 @@ def test_a_weight_that_a_hook_makes_anew_in_every_forward(made: str) -> None:
     lora_fx.inject(model, EVERYTHING, x, seed=0)
     randomise(model)
     check(model, x)
+
+
+class Doubled(nn.Module):
+    """A parametrization with no inverse."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+def adapted_layers() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(4, 6).double()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    randomise(model)
+    return model, x
+
+
+AFTER: dict[str, Callable[[nn.Module], object]] = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old spectral norm": utils.spectral_norm,
+    "of one's own": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(AFTER))
+def test_a_parametrization_after_inject_is_refused_by_name(name: str) -> None:
+    model, x = adapted_layers()
+    before, state = model(x), set(model.state_dict())
+    with pytest.raises(lora_fx.WeightWriteError, match=r"(?s)of Linear.*unload first"):
+        AFTER[name](model[0])
+    assert set(model.state_dict()) == state
+    assert torch.equal(model(x), before)
+    check(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_old_weight_norm_after_inject_says_what_it_took() -> None:
+    model, x = adapted_layers()
+    weight, before = model.get_parameter("0.weight"), model(x)
+    with pytest.raises(lora_fx.WeightWriteError, match=r"'weight' of Linear.*Put it back .*unload first"):
+        utils.weight_norm(model[0])
+    with pytest.raises(lora_fx.WeightWriteError, match=r"'weight' of Linear.*took it away"):
+        model(x)
+    model[0].register_parameter("weight", weight)
+    assert torch.equal(model(x), before)
+    check(model, x)
+
+
+def test_a_parametrized_bias_of_an_adapted_layer_stays() -> None:
+    model, x = adapted_layers()
+    before = type(model[0])
+    parametrize.register_parametrization(model[0], "bias", Doubled())
+    wanted, cls = model(x), type(model[0])
+    check(model, x)
+    assert type(model[0]) is cls
+    assert torch.equal(run(model, x), wanted)
+    parametrize.remove_parametrizations(model[0], "bias", leave_parametrized=False)
+    assert type(model[0]) is before
+    parametrize.register_parametrization(model[0], "bias", Doubled())
+    lora_fx.fold(model)
+    assert distance(run(model, x), wanted) < 1e-12
+    assert parametrize.is_parametrized(model[0], "bias")
+    parametrize.remove_parametrizations(model[0], "bias", leave_parametrized=False)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_parametrized_adapter_is_named() -> None:
+    model, x = adapted_layers()
+    parametrize.register_parametrization(model[0], "lora_A__weight__default", Doubled())
+    with pytest.raises(lora_fx.WeightWriteError, match=r"lora_A__weight__default.*took it away"):
+        model(x)
