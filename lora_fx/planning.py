@@ -66,6 +66,7 @@ def make_plan(
         notes += arithmetic
         # A weight that lost its adapter to the budget loses its bias too.
         extras = bias_extras(policy.bias, decisions, parameters, trained)
+    decisions = tuple(map(_remarked, decisions))
     notes += _large_weights(decisions)
     plan = Plan(
         decisions=decisions,
@@ -161,6 +162,25 @@ def _filter_of(bad: Sequence[Decision], decisions: Sequence[Decision]) -> str:
 
 def _one_or_all(values: Sequence[str]) -> str | tuple[str, ...]:
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _remarked(decision: Decision) -> Decision:
+    """Say of a decision whose A and B hold more numbers than what they change that they do."""
+    remarks = [text for part in decision.parts if (text := _outgrown(decision.site, part))]
+    if not remarks:
+        return decision
+    return replace(decision, detail="; ".join(filter(None, [decision.detail, *remarks])))
+
+
+def _outgrown(site: Site, part: Part) -> str:
+    rows, columns = row_count(part.rows, site.form), site.form.in_features
+    low, whole = part.rank * (rows + columns), rows * columns
+    if low <= whole:
+        return ""
+    smaller = (whole - 1) // (rows + columns)
+    less = f"rank {smaller} would have fewer" if smaller else "so has every rank: Train trains fewer"
+    where = f"{part.role}: " if part.role else ""
+    return f"{where}A and B of rank {part.rank} have {low:,} numbers, what they change {whole:,}; {less}"
 
 
 LARGE = 1 << 28

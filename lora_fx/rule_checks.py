@@ -93,9 +93,10 @@ def _too_many_blocks(rule: AnyRule, matched: Sequence[Site]) -> list[str]:
 
 
 def _matches_nothing(rule: AnyRule, facts: Sequence[Site], names: Sequence[str]) -> PolicyError:
+    choose = nearest(rule, facts, names) or "Choose among what the model has, or remove the rule."
     return PolicyError(
         rule.describe(),
         expected="a rule that matches at least one weight",
         got=f"{why_nothing(rule, facts)}; the model has {describe_sites(facts)}",
-        advice=nearest(rule, facts, names) or "Choose among what the model has, or remove the rule.",
+        advice=f"{choose} With optional=True it may match nothing.",
     )

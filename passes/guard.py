@@ -140,7 +140,8 @@ def _refusal(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Weigh
         expected="a write to the base weight W0",
         got="a write to the effective weight W, which is computed anew at each reading",
         advice="Write to dict(module.named_parameters())[name], which is W0, or unload first: a "
-        "parametrization goes on before the adapters. Where the model's own forward writes it, Skip this weight.",
+        "parametrization goes on before the adapters. Where the model's own forward writes it, Skip this "
+        "weight.",
     )
 
 

@@ -674,3 +674,52 @@ def test_a_policy_read_as_a_plan_and_the_other_way_round_are_told_apart():
         Plan.from_json("[]")
     with pytest.raises(PolicyError, match=r"got a plan\. Read it with Plan\.from_json"):
         Policy.from_json(plan(attention("a", 8), policy).to_json())
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "said"),
+    [
+        ((24, 8), 6, ""),
+        ((24, 8), 7, "A and B of rank 7 have 224 numbers, what they change 192; rank 5 would have fewer"),
+        (
+            (2, 768),
+            2,
+            "A and B of rank 2 have 1,540 numbers, what they change 1,536; rank 1 would have fewer",
+        ),
+        (
+            (1, 8),
+            1,
+            "A and B of rank 1 have 9 numbers, what they change 8; so has every rank: Train trains fewer",
+        ),
+    ],
+)
+def test_an_adapter_larger_than_its_weight_is_remarked(shape, rank, said):
+    decision = plan([site("a.weight", shape)], Policy(Rule(rank=rank))).decisions[0]
+    assert decision.detail == said
+    rows, columns = shape
+    assert bool(said) is (decision.parameters > rows * columns)
+    found = re.search(r"rank (\d+) would", said)
+    if found is not None:
+        smaller, next_one = int(found[1]), int(found[1]) + 1
+        assert smaller * (rows + columns) < rows * columns <= next_one * (rows + columns)
+
+
+def test_the_remark_is_on_the_rank_that_the_budget_leaves():
+    sites = [site("a.weight", (24, 8)), site("b.weight", (24, 8))]
+    made = plan(sites, Policy(Rule(rank=8), budget=4 * 2 * 32))
+    assert {d.rank for d in made.decisions} == {4}
+    assert not any("what they change" in d.detail for d in made.decisions)
+
+
+def test_the_remark_counts_the_rows_of_a_role():
+    made = plan([fused(width=8)], Policy(Rule(role="q", rank=5)))
+    assert made.decisions[0].detail.endswith(
+        "q: A and B of rank 5 have 80 numbers, what they change 64; rank 3 would have fewer"
+    )
+
+
+@pytest.mark.parametrize("rule", [Rule(name="nothing"), Skip(module="nothing"), Train(kind="conv")])
+def test_the_error_of_a_rule_that_matches_nothing_tells_of_optional(rule):
+    with pytest.raises(PolicyError, match="With optional=True it may match nothing"):
+        plan(transformer(1, 8), Policy(rule, Rule(rank=2)))
+    assert plan(transformer(1, 8), Policy(replace(rule, optional=True), Rule(rank=2))).adapted
