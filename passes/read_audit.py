@@ -46,12 +46,21 @@ def _of_model(model: nn.Module) -> Audit:
 def _of_onnx(path: Path) -> Audit:
     from lora_fx.passes.onnx_files import load
     from lora_fx.passes.onnx_metadata import PLAN_KEY, read_changes
+    from lora_fx.passes.switch_onnx import taken_text
 
     if not path.is_file():
         raise NoAdapterFileError(
             str(path), expected="an ONNX file", got="no such file", advice="Check the path."
         )
-    metadata = load(path).metadata_props
+    model = load(path)
+    metadata, taken = model.metadata_props, taken_text(model, path)
+    if taken is not None:
+        raise AdapterFileError(
+            str(path),
+            expected="a file that an adapter is folded into",
+            got=f"one that takes adapters at run time and holds none: {taken}",
+            advice="Audit an adapter's own .safetensors file.",
+        )
     if PLAN_KEY not in metadata:
         raise AdapterFileError(
             str(path),

@@ -17,9 +17,10 @@ takes the first, without a word.
 
 from __future__ import annotations
 
+import glob
 import json
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from lora_fx.providers import Providers, Runtime, choose, onnxruntime
 
 SUFFIX = ".onnx_adapter"
 SWITCH_KEY = "lora_fx.switch"
+_TOLD = 6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """How far the branches may lie from the folded weights: a folded weight is rounded once more."""
 
@@ -99,8 +101,7 @@ def switch_onnx(
             made = Certificate(base_path.name, target.name, (), {}, ("not certified, as asked",))
         atomic_write(target.with_name(f"{target.stem}.{label}{SUFFIX}"), content)
         draft.publish()
-    mine = {f"{name}/{letter}" for name in branched for letter in "AB"}
-    whole = [str(v.name) for v in model.graph.inputs if v.is_initializer() and v.name not in mine]
+    whole = _whole_inputs(model, branched)
     note = f"inputs as a whole, without a low-rank branch: {', '.join(whole[:5])}"
     return made.noted(note) if whole else made
 
@@ -131,6 +132,31 @@ def pack_adapter(
         )
     check_base(model, base_map(model, file), file, path, base_check)
     atomic_write(out, _packed(parameters_for(model, file, str(path))))
+
+
+def taken_text(model: ir.Model, path: Path) -> str | None:
+    """Say which weights a switch file takes adapters on, and which lie beside it; None for any other file."""
+    if SWITCH_KEY not in model.metadata_props:
+        return None
+    branched = [str(name) for name in json.loads(model.metadata_props[SWITCH_KEY])]
+    whole = _whole_inputs(model, branched)
+    beside = sorted(found.name for found in path.parent.glob(f"{glob.escape(path.stem)}.*{SUFFIX}"))
+    told = [
+        f"low-rank ones on {_listed(branched)}",
+        f"values of {_listed(whole)}" if whole else "",
+        f"beside it {_listed(beside)}" if beside else "",
+    ]
+    return "; ".join(text for text in told if text)
+
+
+def _whole_inputs(model: ir.Model, branched: Iterable[str]) -> list[str]:
+    mine = {f"{name}/{letter}" for name in branched for letter in "AB"}
+    return [str(v.name) for v in model.graph.inputs if v.is_initializer() and v.name not in mine]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return (", ".join(names[:_TOLD]) or "nothing") + more
 
 
 def parameters_for(model: ir.Model, file: AdapterFile, where: str) -> dict[str, Tensor]:

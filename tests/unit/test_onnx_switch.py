@@ -70,6 +70,16 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     return model, folder / "switch.onnx"
 
 
+def test_the_audit_of_a_switch_file_says_what_it_takes(switch: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(lora_fx.errors.AdapterFileError) as caught:
+        lora_fx.audit(switch[1])
+    assert "takes adapters at run time and holds none" in caught.value.got
+    for name in ("wide.weight", "pooled.weight", "conv.weight", "values of grouped.weight"):
+        assert name in caught.value.got
+    assert "beside it switch.a.onnx_adapter, switch.b.onnx_adapter" in caught.value.got
+    assert "base" not in caught.value.got
+
+
 def test_every_adapter_over_one_file_is_the_injected_model(switch: tuple[nn.Module, Path]) -> None:
     model, path = switch
     session = lora_fx.session(path)
