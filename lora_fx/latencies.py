@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from lora_fx.tables import as_text
 
@@ -48,7 +49,8 @@ class Latency:
     """Time of a folded file over time of its base, with the control that says what can be seen.
 
     ``ratio`` is folded / base; ``control`` is base / base, from two sessions of the base measured in
-    the same rounds. Times are medians in seconds of ``clock``.
+    the same rounds. Times are medians in seconds of ``clock``. ``difference`` is the first place where the
+    graphs differ, "" where they hold the same nodes and only numbers differ.
     """
 
     base: str
@@ -62,6 +64,7 @@ class Latency:
     threads: int
     batch: str = ""
     clock: str = "wall clock"
+    difference: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -90,7 +93,9 @@ class Latency:
         table.add_row("folded", f"{self.folded_seconds * 1e3:.3f}", str(self.ratio))
         table.add_row("base again (control)", "", str(self.control))
         threads = f"{self.threads} thread" + ("s" if self.threads != 1 else "")
-        table.caption = f"{self.rounds} rounds, {self.provider}, {threads}, {self.clock}; {self.batch}"
+        graphs = f"the graphs differ at {self.difference}" if self.difference else "the graphs are the same"
+        measured = f"{self.rounds} rounds, {self.provider}, {threads}, {self.clock}; {self.batch}"
+        table.caption = Text(f"{measured}; {graphs}")
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

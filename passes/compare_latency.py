@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from lora_fx.errors import InputError
 from lora_fx.latencies import Latency, Ratio
 from lora_fx.passes import onnx_files, onnx_parity
+from lora_fx.passes.certify import structure_check
 from lora_fx.passes.onnx_feeds import Feeds, runnable_feeds
 from lora_fx.passes.onnx_session import open_session
 from lora_fx.providers import Providers, choose, onnxruntime
@@ -50,15 +51,15 @@ def compare_latency(
     """Return how long the folded file takes, relative to its base.
 
     ``inputs`` are fed to both (default: random ones, every dynamic dimension small); providers,
-    options and threads are equal on both sides. ``sets`` sets of sessions share the ``seconds``.
+    options and threads are equal on both sides. ``sets`` sets of sessions share the ``seconds``. The result
+    says where the graphs differ, if they do.
 
     Raises:
         ExportError: a file is no ONNX model.
         InputError: the files take other inputs than each other, or than ``inputs``.
         ProviderError: the provider asked for is not there.
     """
-    for path in (base_onnx, folded_onnx):
-        onnx_files.load(path)
+    structure = structure_check("structure", *map(onnx_files.load, (base_onnx, folded_onnx)))
     runtime = choose(providers)
     own_time = threads == 1 and runtime.first.startswith("CPU")
     clock = time.thread_time if own_time else time.perf_counter
@@ -92,6 +93,7 @@ def compare_latency(
         threads=threads,
         batch=shapes,
         clock="CPU time of the thread" if own_time else "wall clock",
+        difference="" if structure.ok else f"{structure.place}: {structure.detail}",
     )
 
 

@@ -64,6 +64,24 @@ def test_real_files(tmp_path: Path) -> None:
     assert 0.5 < found.ratio.value < 2
     assert found.ratio.low <= found.ratio.value <= found.ratio.high
     assert found.verdict in ("equal", "not resolved", "different")
+    assert found.difference == ""
+    assert "the graphs are the same" in str(found).replace("\n", " ")
+
+
+def test_another_graph_is_told(tmp_path: Path) -> None:
+    for name, op in (("a", "Softmax"), ("b", "LogSoftmax")):
+        text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        main (float[B,64] x) => (float[B,64] y) {{ y = {op} (x) }}
+        """
+        onnx.save(onnx.parser.parse_model(text), tmp_path / f"{name}.onnx")
+    found = compare_latency(tmp_path / "a.onnx", tmp_path / "b.onnx", seconds=0.2, sets=2, providers="cpu")
+    told = "the base has Softmax (node 'y' (Softmax)), this file has LogSoftmax"
+    assert found.difference.endswith(told)
+    shown = " ".join(str(found).split())
+    assert "the graphs differ at node 'y'" in shown
+    assert told in shown
+    assert json.loads(found.to_json())["difference"] == found.difference
 
 
 @pytest.fixture
