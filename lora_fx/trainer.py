@@ -21,6 +21,7 @@ from torch import nn
 from transformers import Trainer
 
 import lora_fx
+from lora_fx.errors import NoAdapterFileError
 from lora_fx.passes.switch import require
 from lora_fx.passes.untrained import warn_unknown
 
@@ -79,9 +80,10 @@ class AdapterCheckpoints:
 
     def _load(self, folder: str) -> None:
         for adapter in self._adapters():
-            lora_fx.load_adapter(
-                self._injected(), Path(folder) / _file(adapter), adapter=adapter, replace=True
-            )
+            path = Path(folder) / _file(adapter)
+            if not path.is_file():
+                raise _no_adapter(path)
+            lora_fx.load_adapter(self._injected(), path, adapter=adapter, replace=True)
 
     def _adapters(self) -> list[str]:
         return list(require(self._injected(), None)[0].plans)
@@ -102,6 +104,23 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     Raises:
         AdapterNameError: the model has no adapters when training begins.
     """
+
+
+def _no_adapter(path: Path) -> NoAdapterFileError:
+    """Return the error for a checkpoint without the file: a stock Trainer's, or another adapter's."""
+    others = sorted(p.name for p in path.parent.glob(_file("*")))
+    whole = sorted(p.name for p in path.parent.glob("*model*.safetensors"))
+    got = f"one of {', '.join(others)}" if others else "one without adapters"
+    advice = "Inject under the name that was saved: inject(..., adapter=...)."
+    if not others:
+        got = f"a stock Trainer's, of the whole model ({', '.join(whole)})" if whole else got
+        advice = (
+            "Load its weights into the model yourself, write the missing file with "
+            f"save_adapter(model, {str(path)!r}), and resume; or train anew from these weights."
+        )
+    return NoAdapterFileError(
+        str(path), expected="a checkpoint that AdapterTrainer wrote", got=got, advice=advice
+    )
 
 
 def _file(adapter: str) -> str:

@@ -96,6 +96,41 @@ def test_a_model_without_adapters_is_not_trained(tmp_path: Path) -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_checkpoint_of_the_stock_trainer_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    args = trainer(adapted(), tmp_path).args
+    args.max_steps, args.save_steps = 2, 1
+    policy = Policy(Rule(role="qv", rank=4, dropout=0.1))
+    stock, model = (lora_fx.inject(base(), policy, INPUTS, seed=1) for _ in range(2))
+    transformers.Trainer(stock, args, train_dataset=DATA, eval_dataset=DATA[:2]).train()
+    folder = tmp_path / "checkpoint-1"
+    told = (
+        r"lora_fx_default.*a stock Trainer's, of the whole model \(model\.safetensors\).*save_adapter\(model"
+    )
+    with pytest.raises(lora_fx.errors.NoAdapterFileError, match=told):
+        trainer(model, tmp_path / "resumed").train(resume_from_checkpoint=str(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    lora_fx.save_adapter(model, folder / "lora_fx_default.safetensors")
+    args.output_dir = str(tmp_path / "resumed")
+    from lora_fx.trainer import AdapterTrainer
+
+    AdapterTrainer(model, args, train_dataset=DATA, eval_dataset=DATA[:2]).train(
+        resume_from_checkpoint=str(folder)
+    )
+    assert all(
+        torch.equal(p, q) for p, q in zip(lora_fx.parameters(model), lora_fx.parameters(stock), strict=True)
+    )
+
+
+def test_a_checkpoint_of_another_adapter_is_named(tmp_path: Path) -> None:
+    trainer(adapted(), tmp_path).train()
+    model = lora_fx.inject(base(), POLICY, INPUTS, adapter="other", seed=1)
+    told = r"lora_fx_other.*one of lora_fx_default\.safetensors.*Inject under the name"
+    with pytest.raises(lora_fx.errors.NoAdapterFileError, match=told):
+        trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_an_optimiser_made_before_inject_is_told(tmp_path: Path, first: bool) -> None:
     from lora_fx.trainer import AdapterTrainer
