@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console, Group, RenderableType
@@ -40,10 +41,9 @@ def plan_table(plan: Plan) -> Group:
     )
     rules = _numbered(d.rule for d in plan.decisions)
     groups = _grouped(plan.decisions)
-    reasons = _shared_reasons([group[0] for group in groups])
-    expected = _expectations([group[0] for group in groups])
-    for group in groups:
-        first = group[0]
+    lines = [_spoken_for(group) for group in groups]
+    reasons, expected = _shared_reasons(lines), _expectations(lines)
+    for first, group in zip(lines, groups, strict=True):
         table.add_row(
             name_pattern([d.name for d in group]),
             str(len(group)),
@@ -61,13 +61,13 @@ def plan_table(plan: Plan) -> Group:
         f"{len(plan.decisions)} weights, {len(plan.adapted)} adapted, {len(plan.trained)} trained in full"
     )
     trained = trained_text(plan.parameters, plan.base_parameters)
-    lines = [
+    below = [
         *_legend(rules, reasons, expected),
         *(f"also trained: {extra.name} ({shape_text(extra.shape)}), {extra.detail}" for extra in plan.extras),
         f"{counts}; {trained}, {bytes_text(plan.adapter_bytes)}",
         *(f"note: {note}" for note in plan.notes),
     ]
-    return Group(_title("Plan", plan.model, plan.examples), table, *map(Text, lines))
+    return Group(_title("Plan", plan.model, plan.examples), table, *map(Text, below))
 
 
 def audit_table(audit: Audit) -> Group:
@@ -77,10 +77,10 @@ def audit_table(audit: Audit) -> Group:
     )
     rules = _numbered(row.rule for row in audit.rows)
     groups = _gathered(audit.rows, _row_key)
-    reasons = _shared_reasons([group[0] for group in groups])
-    expected = _expectations([group[0] for group in groups])
-    for group in groups:
-        row, trained = group[0], sum(r.parameters for r in group)
+    rows = [_spoken_for(group) for group in groups]
+    reasons, expected = _shared_reasons(rows), _expectations(rows)
+    for row, group in zip(rows, groups, strict=True):
+        trained = sum(r.parameters for r in group)
         table.add_row(
             name_pattern([r.name for r in group]),
             str(len(group)),
@@ -219,11 +219,40 @@ def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]
     """Gather lines whose weights differ in layer numbers only and whose keys are equal."""
     groups: dict[tuple[object, ...], list[_Line]] = {}
     for line in lines:
-        told = (line.action, line.form, line.reason, line.rule, line.detail, line.form_reason)
+        told = (line.action, line.form, line.reason, line.rule, _wild(line.detail), _wild(line.form_reason))
         expected = (line.expected, line.expected_reason)
         pattern = name_pattern([line.name], wild=True)
         groups.setdefault((pattern, *told, *expected, *key(line)), []).append(line)
     return list(groups.values())
+
+
+_NAME = re.compile(r"(?<=')\d+(?=')|[\w.]*[A-Za-z_][\w.]*")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _wild(text: str) -> str:
+    """Return a text with every layer number in the names that it holds as ``*``."""
+    return _NAME.sub(lambda found: _NUMBER.sub("*", found[0]), text)
+
+
+def _together(texts: Sequence[str]) -> str:
+    """Return texts that differ in layer numbers only as one, the numbers that differ in braces."""
+    numbers = [[n for name in _NAME.findall(text) for n in _NUMBER.findall(name)] for text in texts]
+    columns = iter(list(zip(*numbers, strict=True)))
+
+    def number(found: re.Match[str]) -> str:
+        column = next(columns)
+        return found[0] if len(set(column)) == 1 else f"{{{_numbers(column)}}}"
+
+    return _NAME.sub(lambda found: _NUMBER.sub(number, found[0]), texts[0])
+
+
+def _spoken_for(group: Sequence[_Line]) -> _Line:
+    """Return the first line of a group, with what is said of it said of all."""
+    detail, reason = (
+        _together([getattr(line, text) for line in group]) for text in ("detail", "form_reason")
+    )
+    return replace(group[0], detail=detail, form_reason=reason)
 
 
 def _grouped(decisions: Sequence[Decision]) -> list[list[Decision]]:

@@ -13,6 +13,7 @@ from lora_fx.audits import audit_plan
 from lora_fx.matrix import Rows
 from lora_fx.plans import Plan
 from lora_fx.policy import Policy, Rule, Skip, Train
+from lora_fx.sites import Use
 from lora_fx.tables import bytes_text, rows_text, trained_text
 from tests.unit.site_builders import WEIGHT, fused, plan, site, transformer
 
@@ -193,3 +194,27 @@ def test_texts():
     assert trained_text(5, 0) == "5 parameters trained"
     assert trained_text(0, 10).endswith("(0.00%)")
     assert trained_text(5, 10).endswith("(50.00%)")
+
+
+def test_reasons_that_hold_a_weights_own_name_share_a_line():
+    def own(name: str, i: int) -> Use:
+        return Use("linear", "home", "linear", why=f"linear with {name} in the forward of 'a.{i}' (Gate)")
+
+    sites = [site(f"a.{i}.gate.weight", uses=(own(f"a.{i}.gate.weight", i),)) for i in (0, 1, 2, 4)]
+    made = plan(sites, Policy(Rule(rank=2)))
+    for record in (made, audit_plan(made)):
+        [line] = [line for line in shown_at(300, record) if "weight form" in line]
+        assert line.startswith("a.{0-2,4}.gate.weight")
+        assert "linear with a.{0-2,4}.gate.weight in the forward of 'a.{0-2,4}' (Gate)" in line
+    assert made.decisions[3].form_reason == "linear with a.4.gate.weight in the forward of 'a.4' (Gate)"
+
+
+@pytest.mark.parametrize(
+    ("why", "lines"),
+    [("in the forward of '{}' (Gate)", 1), ("at {} of it", 2), ("scaled by 0.{}", 2)],
+)
+def test_only_numbers_of_names_are_drawn_together(why: str, lines: int):
+    sites = [site(f"{i}.weight", uses=(Use("linear", "", "linear", why=why.format(i)),)) for i in (5, 6)]
+    shown = shown_at(300, plan(sites, Policy(Rule(rank=2))))
+    assert sum("weight form" in line for line in shown) == lines
+    assert any("in the forward of '{5-6}'" in line for line in shown) is (lines == 1)
