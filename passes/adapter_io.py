@@ -10,7 +10,7 @@ from lora_fx.adapter_file import FROZEN_STARTS, AdapterFile, tensor_key
 from lora_fx.errors import PlanError
 from lora_fx.fingerprints import BaseCheck, Fingerprint, fingerprint
 from lora_fx.passes.extent import deltas
-from lora_fx.passes.insert import Owner, Owners, base_tensors, insert, owners
+from lora_fx.passes.insert import base_tensors, insert
 from lora_fx.passes.norms import refuse_converted
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters, plain
 from lora_fx.passes.replaced import made_one
@@ -32,20 +32,17 @@ def collect(model: nn.Module, adapter: str) -> AdapterFile:
     refuse_converted(model)
     reshard(model)
     plan = record.plans[name]
-    holders = owners(model)
-    for kept, other in made_one(plan, holders):
+    for kept, other in made_one(model, plan):
         raise PlanError(
             f"{kept} and {other}",
             expected="two weights, each with its adapter, as the plan has them",
             got="one module in both places: it was put there after inject",
             advice="Put each module back, or call lora_fx.unload and inject again.",
         )
-    tensors = {key: whole(tensor.detach()) for key, tensor in _tensors(model, plan, name, holders)}
+    tensors = _apart({key: whole(tensor.detach()) for key, tensor in _tensors(model, plan, name)})
     changed = [d.name for d in (*plan.adapted, *plan.trained)] + [e.name for e in plan.extras]
-    prints = {weight: _fingerprint(record, weight, *_held(holders[weight])) for weight in changed}
-    for buffer in plan.buffers:
-        module, attribute = _owner(model, buffer)
-        prints[buffer] = _fingerprint(record, buffer, module, attribute)
+    prints = {weight: _fingerprint(record, weight, *_owner(model, weight)) for weight in changed}
+    prints |= {buffer: _fingerprint(record, buffer, *_owner(model, buffer)) for buffer in plan.buffers}
     on_meta = any(tensor.device.type == "meta" for tensor in tensors.values())
     ties = _ties(model, [*(e.name for e in plan.extras), *plan.buffers])
     return AdapterFile(plan, prints, tensors, {} if on_meta else deltas(model, name), ties)
@@ -62,8 +59,13 @@ def _ties(model: nn.Module, names: list[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(n for n in found[name] if n != name) for name in names if name in found}
 
 
-def _held(held: tuple[Owner, ...]) -> tuple[nn.Module, str]:
-    return held[0].module, held[0].attribute
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what is another's very tensor: a Parameter that was put in two places after inject."""
+    first: dict[int, str] = {}
+    return {
+        key: tensor if first.setdefault(tensor.untyped_storage().data_ptr(), key) == key else tensor.clone()
+        for key, tensor in tensors.items()
+    }
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -71,23 +73,23 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module_at(model, path), attribute
 
 
-def _tensors(model: nn.Module, plan: Plan, adapter: str, holders: Owners) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, plan: Plan, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Yield (name in the file, Parameter) of everything that an adapter holds."""
     for decision in plan.adapted:
-        owner = holders[decision.name][0]
-        spec = _binding(owner.module).sites[owner.attribute][adapter]
+        module, attribute = _owner(model, decision.name)
+        spec = _binding(module).sites[attribute][adapter]
         for part, names in zip(decision.parts, spec.parts, strict=True):
             fields = {"A": names.a, "B": names.b, "A_start": names.start_a, "B_start": names.start_b}
             for key, parameter in fields.items():
                 if parameter is not None:
-                    yield tensor_key(decision.name, part.role, key), raw(owner.module, parameter)
+                    yield tensor_key(decision.name, part.role, key), raw(module, parameter)
         if spec.magnitude is not None:
-            yield tensor_key(decision.name, None, "magnitude"), raw(owner.module, spec.magnitude)
+            yield tensor_key(decision.name, None, "magnitude"), raw(module, spec.magnitude)
     for name in [d.name for d in plan.trained] + [e.name for e in plan.extras]:
-        owner = holders[name][0]
-        full = _binding(owner.module).sites[owner.attribute][adapter].full
+        module, attribute = _owner(model, name)
+        full = _binding(module).sites[attribute][adapter].full
         if full is not None:
-            yield tensor_key(name, None, "full"), raw(owner.module, full)
+            yield tensor_key(name, None, "full"), raw(module, full)
     for name in plan.buffers:
         module, attribute = _owner(model, name)
         copied = _binding(module).sites[attribute][adapter].full
@@ -126,10 +128,9 @@ def install(model: nn.Module, file: AdapterFile, adapter: str, *, trainable: boo
         PlanError: the plan does not fit the model.
         AdapterFileError: a tensor has another shape than the plan says; the model is left as it was.
     """
-    holders = owners(model)
     file.check_shapes()
     insert(model, file.plan, adapter, seed=0)
-    for key, parameter in _tensors(model, file.plan, adapter, holders):
+    for key, parameter in _tensors(model, file.plan, adapter):
         fill(parameter, file.tensors[key])
     record = record_of(model)
     record.trainable[adapter] = trainable
@@ -160,7 +161,7 @@ def refill(
     file.check_shapes()
     reshard(model)
     file.check_base(Gathered(base_tensors(model)), base_check)
-    for key, parameter in _tensors(model, record.plans[name], name, owners(model)):
+    for key, parameter in _tensors(model, record.plans[name], name):
         fill(parameter, file.tensors[key])
     if trainable is not None:
         record.trainable[name] = trainable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.notices import warn_user
-from lora_fx.passes.insert import Owner, Owners, owners
+from lora_fx.passes.insert import Owner, owners
+from lora_fx.passes.registers import module_at
 from lora_fx.passes.runtime import binding
 from lora_fx.passes.switch import require
 from lora_fx.plans import Plan
@@ -24,7 +25,7 @@ def replaced(model: nn.Module, adapter: str | None = None) -> str | None:
         for d in (*plan.adapted, *plan.trained)
         if not any(_adapts(owner, name) for owner in held.get(d.name, ()))
     ]
-    one = next(iter(made_one(plan, held)), None)
+    one = next(iter(made_one(model, plan)), None)
     if one is not None:
         return (
             f"adapter {name!r} has one change left for both {one[0]} and {one[1]}: after inject one module "
@@ -39,15 +40,23 @@ def replaced(model: nn.Module, adapter: str | None = None) -> str | None:
     )
 
 
-def made_one(plan: Plan, held: Owners) -> list[tuple[str, str]]:
-    """Return the pairs of weights that have an adapter each in the plan and are one weight now."""
+def made_one(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
+    """Return the pairs of tensors that the plan changes apart and that one module holds now."""
     first: dict[tuple[int, str], str] = {}
     pairs: list[tuple[str, str]] = []
-    for decision in (*plan.adapted, *plan.trained):
-        for owner in held.get(decision.name, ())[:1]:
-            known = first.setdefault((id(owner.module), owner.attribute), decision.name)
-            if known != decision.name:
-                pairs.append((known, decision.name))
+    for name in (
+        *(d.name for d in (*plan.adapted, *plan.trained)),
+        *(e.name for e in plan.extras),
+        *plan.buffers,
+    ):
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = module_at(model, path)
+        except AttributeError:
+            continue  # nothing is there any more
+        known = first.setdefault((id(module), attribute), name)
+        if known != name:
+            pairs.append((known, name))
     return pairs
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import AdapterFileError
-from lora_fx.passes.insert import first_values, generator_of, own_name, owners
+from lora_fx.passes.insert import first_values, generator_of, own_name
 from lora_fx.passes.registers import module_at, own_buffers, own_parameters
 from lora_fx.passes.runtime import raw
 from lora_fx.passes.sharded import fill, reshard, whole
@@ -64,13 +64,14 @@ def reset_adapter(model: nn.Module, adapter: str | None = None, seed: int | None
     record, name = require(model, adapter)
     plan = record.plans[name]
     reshard(model)
-    holders, generator = owners(model), generator_of(seed)
+    generator = generator_of(seed)
     decided = [(d.name, d) for d in (*plan.adapted, *plan.trained)]
     for weight, decision in (*decided, *((e.name, None) for e in plan.extras)):
-        owner = holders[weight][0]
-        base = whole(raw(owner.module, owner.attribute).detach())
+        path, _, attribute = weight.rpartition(".")
+        module = module_at(model, path)
+        base = whole(raw(module, attribute).detach())
         for key, value in first_values(decision, base, generator).items():
-            fill(raw(owner.module, own_name(key, owner.attribute, name)), value.detach())
+            fill(raw(module, own_name(key, attribute, name)), value.detach())
     for buffer in plan.buffers:
         path, _, attribute = buffer.rpartition(".")
         module = module_at(model, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def test_weights_tied_after_inject_keep_an_adapter_each(adapted: str) -> None:
     check(model, x)
     wanted, apart = run(model, x), model[0].weight.detach() - model[2].weight.detach()
     assert apart.norm() > 1e-3
-    lora_fx.fold(model)
+    assert not lora_fx.verify(model, x).notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_fx.fold(model)
     assert distance(run(model, x), wanted) < 1e-12
     torch.testing.assert_close(model[0].weight.detach() - model[2].weight.detach(), apart)
 
@@ -218,6 +222,64 @@ def test_a_module_put_in_place_of_its_like_is_told(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.PlanError, match="one module in both places"):
         lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def saved_and_loaded(model: nn.Module, base: nn.Module, path: Path) -> nn.Module:
+    lora_fx.save_adapter(model, path)
+    return lora_fx.load_adapter(base, path)
+
+
+def test_weights_tied_after_inject_are_saved_with_an_adapter_each(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
+
+    def tie(model: nn.Module) -> None:
+        model[2].weight = model.get_parameter("0.weight")
+        model[2].bias = model.get_parameter("0.bias")
+
+    x, policy = torch.randn(3, 5).double(), lora_fx.Policy(lora_fx.Rule(rank=2), bias="all")
+    model = lora_fx.inject(base(), policy, x, seed=0)
+    tie(model)
+    randomise(model)
+    assert not torch.equal(model[0].bias, model[2].bias)
+    other = base()
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(other[2], name).copy_(getattr(other[0], name))
+    loaded = saved_and_loaded(model, other, tmp_path / "a.safetensors")
+    assert torch.equal(run(loaded, x), run(model, x))
+    reset_adapter(model, seed=0)
+    with lora_fx.disable_adapter(model):
+        wanted = run(model, x)
+    assert torch.equal(run(model, x), wanted)
+
+
+def test_an_adapters_parameter_in_two_places_is_saved_twice(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+    model, x = base(), torch.randn(3, 5)
+    lora_fx.inject(model, EVERYTHING, x, seed=0)
+    model[2].lora_A__weight__default = model[0].lora_A__weight__default
+    randomise(model)
+    loaded = saved_and_loaded(model, base(), tmp_path / "a.safetensors")
+    assert torch.equal(run(loaded, x), run(model, x))
+
+
+@pytest.mark.parametrize("what", ["trained", "moving"])
+def test_a_norm_put_in_place_of_its_like_is_told(what: str, tmp_path: Path) -> None:
+    norm = nn.LayerNorm if what == "trained" else nn.BatchNorm1d
+    model, x = nn.Sequential(nn.Linear(4, 4), norm(4), nn.Linear(4, 4), norm(4)), torch.randn(3, 4)
+    policy = lora_fx.Policy(lora_fx.Train(name=("1.*", "3.*")))
+    if what == "moving":
+        policy = lora_fx.Policy(lora_fx.Rule(rank=1), norm_stats="train")
+    lora_fx.inject(model, policy, x)
+    model[1] = model[3]
+    assert any("one change left for both 1." in note for note in lora_fx.verify(model, x).notes)
+    with pytest.raises(lora_fx.PlanError, match="one module in both places"):
+        lora_fx.save_adapter(model, tmp_path / "adapter.safetensors")
 
 
 def test_an_adapter_that_went_with_its_module_is_told(tmp_path: Path) -> None:
