@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lora_fx.errors import WeightWriteError
+from lora_fx.errors import WeightWriteError, WrappedModelError
 from lora_fx.kinds.base import LivePart, LiveParts, since_start
 from lora_fx.kinds.effective import effective_weight
 from lora_fx.matrix import MatrixForm, Rows
@@ -203,7 +203,7 @@ def effective(module: nn.Module, name: str, spec: SiteSpec, base: Tensor | None 
     ``base`` stands in for ``W0`` where another precision is wanted. A sharded ``W0`` is gathered, and
     its ``W`` laid out as it was.
     """
-    base = raw(module, name) if base is None else base
+    base = _fitting(module, name, spec) if base is None else base
     if spec.full is not None:
         return laid_out_like(whole(raw(module, spec.full)), base).to(base.dtype)
     if spec.form is None:
@@ -243,9 +243,27 @@ def branch_base(module: nn.Module, name: str) -> Tensor:
     """Return the weight that a branch starts from: ``W0``, or ``W`` where it is not to be a branch."""
     held = binding(module)
     spec = None if held is None else held.active(name)
-    if spec is None or spec.by_branch:
+    if spec is None:
         return raw(module, name)
-    return _kept_effective(module, name, spec)
+    return _fitting(module, name, spec) if spec.by_branch else _kept_effective(module, name, spec)
+
+
+def _fitting(module: nn.Module, name: str, spec: SiteSpec) -> Tensor:
+    """Return ``W0``, of the shape that its adapter has.
+
+    Raises:
+        WrappedModelError: it is another's: this process's share alone, say.
+    """
+    weight = raw(module, name)
+    if spec.form is not None and weight.shape != spec.form.shape:
+        raise WrappedModelError(
+            f"{name!r} of {type(module).__name__}",
+            expected=f"the weight of shape {spec.form.shape} that was adapted",
+            got=f"one of shape {tuple(weight.shape)}, put there past the module, as this process's share is",
+            advice="Tensor parallelism after inject is torch's parallelize_module; what transformers splits "
+            "(apply_tensor_parallelism, tp_plan) takes no adapters along.",
+        )
+    return weight
 
 
 def live_parts(module: nn.Module, name: str) -> LiveParts:

@@ -431,3 +431,19 @@ def test_a_refused_write_names_the_weight_and_says_what_to_do() -> None:
     ):
         with pytest.raises(lora_fx.WeightWriteError, match=r"'weight' of Linear, Tensor\..*Skip this weight"):
             write(body.weight)
+
+
+@pytest.mark.parametrize("how", [{}, {"dora": True}, {"compute": "weight"}, {"compute": "branch"}])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_share_of_the_weight_put_past_the_module_is_named(how: dict[str, Any], mode: Any) -> None:
+    # As transformers' apply_tensor_parallelism does: local shares, written into the register itself.
+    model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 6)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2, **how)), x)
+    whole = model[0]._parameters["weight"]
+    model[0]._parameters["weight"] = nn.Parameter(whole.detach()[:2].clone())
+    told = r"'weight' of Linear: .*shape \(4, 6\).*got one of shape \(2, 6\).*parallelize_module"
+    with mode(), pytest.raises(lora_fx.WrappedModelError, match=told):
+        model(x)
+    model[0]._parameters["weight"] = whole
+    with mode():
+        assert model(x).shape == (3, 4)
