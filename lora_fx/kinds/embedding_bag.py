@@ -70,12 +70,13 @@ def _bags(
     if mask is None:
         return F.linear(F.embedding_bag(ids, a.t().contiguous(), offsets, **how), b)
     mask = mask.to(a.dtype)
-    summed = {**how, "mode": "sum", "per_sample_weights": mask if weights is None else mask * weights}
+    summed: dict[str, Any] = {**how, "mode": "sum", "per_sample_weights": mask if weights is None else mask * weights}
     bags = F.embedding_bag(ids, a.t().contiguous(), offsets, **summed)
     if how.get("mode", "mean") == "mean":
         # torch weighs sums alone: the mean is a sum over the number of ids, padding left out.
         one = torch.ones(a.shape[1], 1, dtype=a.dtype, device=a.device)
-        counts = F.embedding_bag(ids, one, offsets, **{**summed, "per_sample_weights": None})
+        summed["per_sample_weights"] = None
+        counts = F.embedding_bag(ids, one, offsets, **summed)
         bags = bags / counts.clamp_min(1)
     return F.linear(bags, b)
 
