@@ -76,6 +76,7 @@ def main() -> None:
     lora_fx.save_adapter(model, OUT / "adapter.safetensors")  # every process calls, the first one writes
     x, _ = batch(1, 99)
     sharded = model(x).detach().cpu()
+    dist.barrier()  # a process that leaves while the other still works may take it down
     dist.destroy_process_group()
     if rank == 0:
         alone = build()

@@ -70,7 +70,8 @@ def _bags(
     if mask is None:
         return F.linear(F.embedding_bag(ids, a.t().contiguous(), offsets, **how), b)
     mask = mask.to(a.dtype)
-    summed: dict[str, Any] = {**how, "mode": "sum", "per_sample_weights": mask if weights is None else mask * weights}
+    weights = mask if weights is None else mask * weights
+    summed: dict[str, Any] = {**how, "mode": "sum", "per_sample_weights": weights}
     bags = F.embedding_bag(ids, a.t().contiguous(), offsets, **summed)
     if how.get("mode", "mean") == "mean":
         # torch weighs sums alone: the mean is a sum over the number of ids, padding left out.
