@@ -13,6 +13,11 @@ import lora_fx
 from lora_fx.passes.onnx_state import cast_state
 
 
+def drawn(*shape: int) -> Tensor:
+    """Return the same random numbers each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Give every trained number a random value, small enough that outputs stay tame."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +140,7 @@ class Attention(nn.Module):
 
 
 def convs() -> tuple[nn.Module, dict[str, Tensor]]:
-    return seeded(Convs), {"x": torch.randn(2, 2, 3, 8, 8)}
+    return seeded(Convs), {"x": drawn(2, 2, 3, 8, 8)}
 
 
 def lookup(*, tied: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -143,11 +148,11 @@ def lookup(*, tied: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def mixture() -> tuple[nn.Module, dict[str, Tensor]]:
-    return seeded(Mixture), {"x": torch.randn(5, 8)}
+    return seeded(Mixture), {"x": drawn(5, 8)}
 
 
 def attention() -> tuple[nn.Module, dict[str, Tensor]]:
-    return seeded(Attention), {"x": torch.randn(2, 4, 8)}
+    return seeded(Attention), {"x": drawn(2, 4, 8)}
 
 
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -232,7 +237,7 @@ class Batched(nn.Module):
 
 
 def batched() -> tuple[nn.Module, dict[str, Tensor]]:
-    return seeded(Grouped), {"x": torch.randn(6, 8)}
+    return seeded(Grouped), {"x": drawn(6, 8)}
 
 
 MODELS["batched"] = batched
