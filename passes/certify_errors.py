@@ -1,4 +1,4 @@
-"""How far an ONNX file may lie from the torch model: each error against the rounding that would explain it."""
+"""How far an ONNX file may lie from the torch model: each error against rounding that would explain it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,19 @@ class Errors:
     """How far the injected model may lie from the folded one."""
     output: str = ""
     """The output that is compared natively, with the torch models in their own dtype."""
+    steady: float | None = None
+    """The share of that output, all that rounding leaves alone, which these distances are over."""
+
+    @property
+    def what(self) -> str:
+        """The output, or the part of it, that is compared natively."""
+        part = "" if self.steady is None else f" ({self.steady:.0%} of it, which rounding leaves alone)"
+        return f"{self.output}{part}"
 
     @property
     def name(self) -> str:
         """What the certificate calls these distances."""
-        return f"{self.inputs}: {self.output}" if self.output else self.inputs
+        return f"{self.inputs}: {self.what}" if self.output else self.inputs
 
     def limit(self, floor: float) -> float:
         """Return what the folded file's error may be: other weights may lose more than the base's."""

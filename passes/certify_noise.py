@@ -22,6 +22,8 @@ from lora_fx.passes.rounding_noise import RoundingNoise
 
 NOISES = 4
 """Runs with noise in the last place: a choice that one of them makes alike, another may not."""
+SHARE = 0.05
+"""The least part of an output that counts as steady: where noise moves all of it, chance leaves a little."""
 SLACK = 3
 """How many times as many elements may move in a further run as one run moves that no other one does."""
 
@@ -51,7 +53,7 @@ class Noise:
     def steady(self, case: int, output: int, least: float) -> Steady | None:
         """Return the elements of an output that no run moves by more than ``least`` of its mean size.
 
-        None where there are none, or where a run gives another shape.
+        None where they are too few to tell, or where a run gives another shape.
         """
         reference = self.plain[case][output]
         runs = [run[case][output] for run in self.noisy]
@@ -62,7 +64,7 @@ class Noise:
         alone = moves & (moves.sum(0) == 1)
         slack = SLACK * int(alone.flatten(1).sum(1).max())
         steady = Steady(~moves.any(0), slack)
-        return steady if steady.count > slack else None
+        return steady if steady.count > slack and steady.share >= SHARE else None
 
 
 @dataclass(frozen=True)

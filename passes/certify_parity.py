@@ -142,7 +142,9 @@ def _injected_allowances(
     own dtype says little of it; the noise counts up to the bound that the file's error has.
     """
     plain = _outputs(subject.base_state, cases, None)
-    yield FACTOR * max(_largest(distances(ours, each.base), apart) for ours, each in zip(plain, ran, strict=True))
+    yield FACTOR * max(
+        _largest(distances(ours, each.base), apart) for ours, each in zip(plain, ran, strict=True)
+    )
     plain = _outputs(subject.folded_state, cases, None)
     noise = _largest(_noise(subject.folded_state, cases, plain).moved(), apart)
     yield FACTOR * min(noise, SMALL * floor, DIGITS)
@@ -182,24 +184,24 @@ def _natively(
 
 
 def _steady(ran: list[_Ran], noises: Sequence[Noise], names: dict[int, str], floor: float) -> list[Errors]:
-    """Return the errors over the elements that rounding leaves alone, of outputs that it excuses as a whole."""
+    """Return the errors over what rounding leaves alone of outputs that it excuses as a whole."""
     found: list[Errors] = []
     before, after = noises
     for (case, item), (index, name) in itertools.product(enumerate(ran), names.items()):
-        kept = [noise.steady(case, index, min(SMALL * floor, DIGITS)) for noise in noises]
-        if kept[0] is None or kept[1] is None:
+        least = min(SMALL * floor, DIGITS)
+        first, second = before.steady(case, index, least), after.steady(case, index, least)
+        if first is None or second is None:
             continue
-        plain = before.plain[case][index], after.plain[case][index]
-        base = kept[0].distance(item.ours[index], plain[0])
-        folded = kept[1].distance(item.theirs[index], plain[1])
-        trained = kept[1].distance(item.theirs[index], item.injected[index])
+        base = first.distance(item.ours[index], before.plain[case][index])
+        folded = second.distance(item.theirs[index], after.plain[case][index])
+        trained = second.distance(item.theirs[index], item.injected[index])
         own = max(
             mask.distance(run[case][index], noise.plain[case][index])
-            for mask, noise in zip(kept, noises, strict=True)
+            for mask, noise in ((first, before), (second, after))
             for run in noise.noisy
         )
-        output = f"{name} ({kept[1].share:.0%} of it, which rounding leaves alone)"
-        found.append(Errors(item.name, base, folded, trained, own=own, output=output))
+        share = second.share
+        found.append(Errors(item.name, base, folded, trained, own=own, output=name, steady=share))
     return found
 
 
@@ -219,12 +221,16 @@ def _vague(found: list[Errors], floor: float) -> list[str]:
     """Return a note on the outputs of which so much is allowed that not one digit is compared."""
     allowed = {item: max(item.apart, item.limit(floor)) for item in found}
     vague = {item.output or "the other outputs" for item in found if allowed[item] > DIGITS}
+    steady = dict.fromkeys(item.what for item in found if item.steady is not None and allowed[item] <= DIGITS)
     if not vague:
         return []
     where = "here" if len(vague) == len({item.output for item in found}) else f"of {', '.join(sorted(vague))}"
     why = "rounding alone moves the base's own outputs, so that up to"
     most = max(allowed.values())
-    return [f"parity compares no digit {where}: {why} {most:.2g} is allowed; what is proven is the weights"]
+    but = f" but in {' and '.join(steady)}" if steady else ""
+    return [
+        f"parity compares no digit {where}{but}: {why} {most:.2g} is allowed; what is proven is the weights"
+    ]
 
 
 def _judged(found: list[Errors], floor: float) -> Check:
@@ -234,7 +240,7 @@ def _judged(found: list[Errors], floor: float) -> Check:
         fault = item.fault(floor)
         if fault is not None:
             place = f"{item.inputs} inputs" + (
-                f", {item.output} in the model's own dtype" if item.output else ""
+                f", {item.what} in the model's own dtype" if item.output else ""
             )
             return Check("parity", ok=False, detail=fault, place=place, data=data)
     clear = [item for item in found if item.limit(floor) <= DIGITS] or found

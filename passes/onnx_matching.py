@@ -8,9 +8,9 @@ fit, none does. So it is asked first, and its operator before all else: what is 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 from onnxscript import rewriter
@@ -23,7 +23,7 @@ _ELSEWHERE = MatchResult().fail("the node is of another operator")
 @contextmanager
 def first_node_first() -> Generator[None]:
     """Have the exporter's rules look at the node that they are tried on before they look any further."""
-    rules: Sequence[Any] = rewriter._DEFAULT_REWRITE_RULES
+    rules = cast("Any", rewriter)._DEFAULT_REWRITE_RULES
     plain = [rule for rule in rules if type(rule._matcher) is SimplePatternMatcher]
     before = [rule._matcher for rule in plain]
     try:
@@ -51,8 +51,8 @@ class _FirstNodeFirst(SimplePatternMatcher):
         if self._operator is not None and node.op_type != self._operator:
             return _ELSEWHERE
         if not self.pattern.has_single_output_node:
-            whole = isinstance(graph_or_function, ir.Graph)
-            self._graph = graph_or_function if whole else graph_or_function.graph
+            given = graph_or_function
+            self._graph = given if isinstance(given, ir.Graph) else given.graph
             self._init_match(options.get("verbose", 0))
             if not self._match_node(self._first, node):
                 return self._match
