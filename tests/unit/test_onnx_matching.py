@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter._matcher import SimplePatternMatcher
 from torch import Tensor, nn
 
+from lora_fx.passes import onnx_matching
 from lora_fx.passes.onnx_matching import first_node_first
 from lora_fx.passes.onnx_program import Program
 from lora_fx.passes.onnx_quiet import quiet
@@ -125,3 +128,17 @@ def test_the_exporters_own_matchers_come_back_whatever_happens() -> None:
     with pytest.raises(ZeroDivisionError), first_node_first():
         fail()
     assert [rule._matcher for rule in rewriter._DEFAULT_REWRITE_RULES] == before
+
+
+def test_another_onnxscript_optimises_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this module reaches into is onnxscript's own affair: without it graphs are the same."""
+    raw = unrolled(6)
+    wanted = Program(raw).optimised()
+    monkeypatch.setitem(sys.modules, "lora_fx.passes.onnx_matching", None)
+    assert text(Program(raw).optimised()) == text(wanted)
+
+
+def test_a_matcher_of_other_parts_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(SimplePatternMatcher, "_init_match")
+    with pytest.raises(ImportError, match="other parts"):
+        importlib.reload(onnx_matching)
