@@ -55,7 +55,7 @@ bench: $(STAMP)  ## time and memory, one test at a time: a table and a plot in a
 zoo: export OMP_NUM_THREADS ?= 1
 zoo: $(STAMP)  ## every model of the zoo (some hours; what is measured already is kept in artifacts/zoo)
 	$(PY) -W ignore -m tests.zoo.run --out artifacts/zoo/rows.jsonl --workers $(WORKERS) $(ZOO_ARGS)
-	$(PY) -W ignore -m tests.zoo.run --onnx --out artifacts/zoo/onnx.jsonl --workers $(WORKERS) --limit 300 $(ZOO_ARGS)
+	$(PY) -W ignore -m tests.zoo.run --onnx --out artifacts/zoo/onnx.jsonl --workers $(WORKERS) --limit 1200 $(ZOO_ARGS)
 	$(PY) -W ignore -m tests.zoo.run --roles --out artifacts/zoo/roles.jsonl --workers $(WORKERS) --limit 600 $(ZOO_ARGS)
 	$(PY) -W ignore -m tests.zoo.perturbation_table artifacts/zoo/roles.jsonl > artifacts/zoo/PERTURBATION.md
 	$(PY) -W ignore -m tests.zoo.table artifacts/zoo/rows.jsonl artifacts/zoo/onnx.jsonl > artifacts/zoo/RESULTS.md
