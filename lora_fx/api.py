@@ -161,11 +161,11 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
 def save_adapter(
     model: nn.Module,
     path: str | Path,
-    adapter: str = "default",
+    adapter: str | None = None,
     *,
     format: Literal["lora_fx", "peft"] = "lora_fx",  # noqa: A002
 ) -> None:
-    """Write an adapter, its plan and its base's fingerprints as one safetensors file, atomically.
+    """Write an adapter (None: the active one), its plan and its base's fingerprints as one file, atomically.
 
     On a sharded model every process must call this; the first one writes, the others wait for it.
     Warns of buffers of the base that have moved since inject, which are not in the file, and of an adapter
@@ -181,10 +181,11 @@ def save_adapter(
     if format not in {"lora_fx", "peft"}:
         expected, advice = 'format="lora_fx" or format="peft"', "Name one of them."
         raise AdapterFileError(str(path), expected=expected, got=repr(format), advice=advice)
+    record, adapter = switch.require(model, adapter)
     file = adapter_io.collect(model, adapter)
     written = peft_io.as_peft(model, file) if format == "peft" else file
     target = peft_io.folder_of(path, adapter) if format == "peft" else path
-    moved = moved_buffers(model, *switch.require(model, adapter))
+    moved = moved_buffers(model, record, adapter)
     with first_process(model) as writes:
         if writes:
             written.write(target)

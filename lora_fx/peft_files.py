@@ -93,11 +93,14 @@ def find_adapter(folder: Path, adapter: str = "default") -> Path:
         return places["default"]
     if len(places) == 1:
         return next(iter(places.values()))
+    files = [path.name for path in sorted(folder.glob("*.safetensors"))]
     raise AdapterFileError(
         str(folder),
-        expected=f"a folder with {CONFIG}, in itself or in one subfolder",
-        got=f"adapters {sorted(places)}" if places else "none",
-        advice="Pass the adapter's own folder.",
+        expected=f"a file of lora_fx's, or a folder of peft's with {CONFIG}, in itself or in one subfolder",
+        got=f"adapters {sorted(places)}" if places else f"a folder with {', '.join(files) or 'neither'}",
+        advice=f"Pass the file itself: {folder / files[0]}."
+        if files and not places
+        else "Pass the adapter's own folder.",
     )
 
 

@@ -129,8 +129,10 @@ def _refuse_dropout(decisions: Sequence[Decision]) -> None:
             expected="dropout=0, since dropout acts on the input of a branch",
             got=f"dropout={first.dropout:g} where the adapter takes the {first.form} form "
             f"({first.form_reason})",
-            advice=f"Put Rule({_filter_of(bad, decisions)}, ...) without dropout before {first.rule}, "
-            "or drop it.",
+            advice=f"Leave dropout or compute='weight' out of {first.rule}."
+            if first.compute == "weight"
+            else f"Put Rule({_filter_of(bad, decisions)}, ...) without dropout before {first.rule}, "
+            "or leave dropout out.",
         )
 
 
@@ -143,7 +145,7 @@ def _refuse_branch(decisions: Sequence[Decision], *, traced: bool) -> None:
             _and_more(bad),
             expected="a branch at every use, as compute='branch' asks",
             got=f"the {first.form} form ({first.form_reason})",
-            advice=f"{before}, or drop it." if traced else "Pass example_inputs.",
+            advice=f"{before}, or leave compute out." if traced else "Pass example_inputs.",
         )
 
 
@@ -260,7 +262,7 @@ def _fit(
             f"; rank 1 for each takes {sum(costs):,}: given in order as long as it fits, {fit.spent:,}"
         )
         arithmetic += f"; no room for {lost} of {len(slots)} adapters"
-        warn_user(arithmetic)
+        warn_user(f"{arithmetic}. The last ones get none: raise the budget, or narrow the rules.")
     else:
         arithmetic += f"; ranks x {fit.factor:.4f}, rounded down, at least 1: {fit.floored:,}"
         arithmetic += f"; the rest handed out in order, one rank at a time: {fit.spent:,}"

@@ -15,13 +15,15 @@ class Comparison:
 
     ``case`` says on what (``eval, example inputs``), ``what`` is ``outputs`` or a weight's name (then
     its adapter's gradient was compared); ``difference`` is |injected - reference| / |reference| by
-    norm, and ``tolerance`` the largest allowed.
+    norm, and ``tolerance`` the largest allowed. ``doubtful`` is a gradient so small beside the largest one
+    that float32 shows nothing of it: it was compared beside that one, and float64 was asked.
     """
 
     case: str
     what: str
     difference: float
     tolerance: float
+    doubtful: bool = False
 
     @property
     def ok(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,9 +25,9 @@ from lora_fx.passes.precisions import dtypes_through, halves_after
 from lora_fx.passes.preserve import attention_spelt_out, casts_uncached, preserved
 from lora_fx.passes.random_adapters import held_active, random_adapters
 from lora_fx.passes.replaced import replaced
-from lora_fx.passes.runtime import Injected
+from lora_fx.passes.runtime import Injected, raw
 from lora_fx.passes.sharded import refuse_sharded
-from lora_fx.passes.switch import require
+from lora_fx.passes.switch import adapter_sites, require
 from lora_fx.passes.trace import trace
 from lora_fx.passes.two_runs import Run, adapter_parameters, folded_run, injected_run, trainable
 from lora_fx.passes.unsaved import unsaved
@@ -88,13 +89,52 @@ def _judged(
     float64 says stands in place of all comparisons of the case, if the model runs in it and all hold.
     """
     if all(c.ok for c in found):
-        return found
+        return _with_doubts(model, adapter, inputs, found)
     if _all_in(model, torch.float64):
         return _within_rounding(model, adapter, inputs, found, notes)
+    if _in_halves(model):
+        return _excused(model, adapter, inputs, found)
     if not _all_in(model, torch.float32) or not _may_be_rounding(model, adapter, inputs, found):
         return found
     again = _in(torch.float64, model, adapter, inputs, f"{found[0].case}, in float64", notes)
     return again if again and all(c.ok for c in again) else found
+
+
+def _beside_noise(
+    model: nn.Module, adapter: str, inputs: Inputs, found: list[Comparison]
+) -> list[Comparison]:
+    """Compare gradients that rounding the base's weights moves wholly beside the largest one."""
+    _, alone = _moved_by_rounding(model, adapter, inputs, found)
+    noise = frozenset(c.what for c in found if not c.ok and alone.get(c.what, 0.0) >= _ROUNDINGS)
+    return _compare(model, adapter, inputs, found[0].case, noise)[0] if noise else found
+
+
+def _excused(model: nn.Module, adapter: str, inputs: Inputs, found: list[Comparison]) -> list[Comparison]:
+    """Allow half-precision gradients what rounding the weights makes of them; float32 is asked next."""
+    _, alone = _moved_by_rounding(model, adapter, inputs, found)
+    return [
+        c if c.ok or c.what == "outputs" else replace(c, tolerance=max(c.tolerance, alone.get(c.what, 0.0)))
+        for c in found
+    ]
+
+
+def _with_doubts(model: nn.Module, adapter: str, inputs: Inputs, found: list[Comparison]) -> list[Comparison]:
+    """Add what float64 says of gradients of which float32 shows nothing (behind a scale of 1e-6, say).
+
+    There a difference is one if it is larger than what rounding the base's weights makes of that gradient.
+    """
+    doubtful = {c.what for c in found if c.doubtful}
+    if not doubtful or not _all_in(model, torch.float32):
+        return found
+    cast = map_tensors(inputs, lambda t: t.to(torch.float64) if t.is_floating_point() else t)
+    with cast_state(model, torch.float64), trainable(adapter_parameters(model, adapter)):
+        try:
+            again, _ = _compare(model, adapter, cast, f"{found[0].case}, in float64")
+        except RuntimeError:  # the model has dtypes of its own
+            return found
+        wrong = [c for c in again if c.what in doubtful and not c.ok]
+        alone = _moved_by_rounding(model, adapter, cast, wrong)[1] if wrong else {}
+    return [*found, *(c for c in wrong if c.difference > alone.get(c.what, 0.0))]
 
 
 def _in(
@@ -112,7 +152,7 @@ def _in(
 
 def _widened(model: nn.Module, adapter: str, inputs: Inputs, case: str, notes: list[str]) -> list[Comparison]:
     """Compare a half-precision model in float32 too: what halves may lose hides a wrong factor."""
-    if not (_all_in(model, torch.bfloat16, adapter) or _all_in(model, torch.float16, adapter)):
+    if not _in_halves(model):
         return []
     record, _ = require(model, adapter)
     cast = map_tensors(inputs, lambda t: t.float() if t.is_floating_point() else t)
@@ -157,9 +197,8 @@ def _within_rounding(
     model: nn.Module, adapter: str, inputs: Inputs, found: list[Comparison], notes: list[str]
 ) -> list[Comparison]:
     """Allow what the base itself loses in float64, but never more than float32 is allowed."""
-    moved, alone = _moved_by_rounding(model, adapter, inputs, found)
-    noise = frozenset(c.what for c in found if not c.ok and alone.get(c.what, 0.0) >= _ROUNDINGS)
-    found = _compare(model, adapter, inputs, found[0].case, noise)[0] if noise else found
+    found = _beside_noise(model, adapter, inputs, found)
+    moved, _ = _moved_by_rounding(model, adapter, inputs, found)
     again = [c if c.ok else within_rounding(c, moved.get(c.what, 0.0)) for c in found]
     if all(c.ok for c in found):
         return found
@@ -189,10 +228,19 @@ def _moved_by_rounding(
     return moved, alone
 
 
-def _all_in(model: nn.Module, dtype: torch.dtype, apart: str | None = None) -> bool:
-    """Say whether all float parameters, without those of an adapter, have this dtype."""
-    own = set[int]() if apart is None else {id(p) for p in adapter_parameters(model, apart)}
+def _all_in(model: nn.Module, dtype: torch.dtype, *, base: bool = False) -> bool:
+    """Say whether all float parameters, or all that are no adapter's, have this dtype."""
+    own = set[int]()
+    if base:
+        plans = require(model, None)[0].plans
+        held = ((module, spec) for name in plans for _, module, _, spec in adapter_sites(model, name))
+        own = {id(raw(module, n)) for module, spec in held for n in spec.names}
     return {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in own} == {dtype}
+
+
+def _in_halves(model: nn.Module) -> bool:
+    """Say whether the base is in half precision."""
+    return any(_all_in(model, dtype, base=True) for dtype in (torch.bfloat16, torch.float16))
 
 
 def _modes(model: nn.Module, notes: list[str]) -> Iterator[bool]:

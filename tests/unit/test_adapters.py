@@ -62,6 +62,24 @@ def test_two_adapters_take_turns() -> None:
     assert torch.equal(model(X), base)
 
 
+def test_the_active_adapter_is_saved(tmp_path: Path) -> None:
+    """What is computed, exported and trained is what a file holds where none is named."""
+    model = convs()
+    lora_fx.inject(model, Policy(Rule(rank=2)), X, seed=0)
+    train(model, X)
+    first = model(X).detach()
+    lora_fx.inject(model, Policy(Rule(rank=2)), X, adapter="second", seed=1)
+    lora_fx.set_adapter(model, "second")
+    train(model, X, 3)
+    second = model(X).detach()
+    assert not torch.allclose(first, second)
+    lora_fx.save_adapter(model, tmp_path / "active.safetensors")
+    lora_fx.save_adapter(model, tmp_path / "named.safetensors", "default")
+    for file, wanted in (("active", second), ("named", first)):
+        loaded = lora_fx.load_adapter(convs(), tmp_path / f"{file}.safetensors")
+        assert torch.equal(loaded(X), wanted)
+
+
 def test_a_fresh_head_is_trained_saved_and_folded(tmp_path: Path) -> None:
     model = convs()
     before = copy.deepcopy(model.state_dict())

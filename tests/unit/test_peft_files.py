@@ -370,7 +370,9 @@ def test_the_attention_of_an_unknown_peft_is_refused(tmp_path):
 
 def test_folders_that_hold_no_adapter(tmp_path):
     model, _ = MODELS["lookup"]()
-    refused(model, tmp_path, "got none", AdapterFileError)
+    refused(model, tmp_path, "a folder with neither", AdapterFileError)
+    (tmp_path / "lora_fx_default.safetensors").touch()
+    refused(model, tmp_path, r"Pass the file itself: .*lora_fx_default\.safetensors", AdapterFileError)
     for name in "ab":
         by_peft(model, tmp_path, name, target_modules=["fc"])
     refused(model, tmp_path, r"adapters \['a', 'b'\]", AdapterFileError)

@@ -341,3 +341,60 @@ def test_a_model_that_is_half_in_float32_too_is_compared_as_it_is() -> None:
     assert report.ok
     assert not any("in float32" in c.case for c in report.comparisons)
     assert any("in half precision alone" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_that_a_normalisation_takes_away_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model, x = nn.Sequential(*layers).to(dtype), torch.randn(5, 6).to(dtype)
+    policy = lora_fx.Policy(lora_fx.Rule(rank=2), bias="all", norm_stats="train")
+    lora_fx.inject(model, policy, x, seed=0)
+    report = lora_fx.verify(model, x)
+    report.raise_for_failure()
+    assert any(c.what == "0.bias" and c.case.endswith("in float32") for c in report.comparisons)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_frozen_starts_in_float32_leave_a_half_base_half(init: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
+    x = torch.randn(5, 6).bfloat16()
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2, init=init)), x, seed=0)
+    assert lora_fx.verify(model, x).ok
+    model[0].register_forward_hook(lambda m, _, out: out if type(m) is nn.Linear else out * 1.05)
+    assert not lora_fx.verify(model, x).ok
+
+
+class _Scaled(nn.Module):
+    """A block behind a layer scale, as ConvNeXt and CaiT start with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.scale = nn.Parameter(torch.full((8,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.down(torch.tanh(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 1.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_gradient_behind_a_small_scale_is_found(
+    factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), _Scaled(), _Scaled(), nn.Linear(8, 4)).to(dtype)
+    x = torch.randn(5, 6).to(dtype)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x, seed=0)
+    run = verify_pass.injected_run
+
+    def wrong(*given: Any) -> verify_pass.Run:
+        found = run(*given)
+        slopes = [None if slope is None else slope * factor for slope in found.gradients["1.up.weight"]]
+        return verify_pass.Run(found.outputs, {**found.gradients, "1.up.weight": slopes})
+
+    monkeypatch.setattr(verify_pass, "injected_run", wrong)
+    report = lora_fx.verify(model, x)
+    assert report.ok is (factor == 1.0)
+    assert {c.what for c in report.failures} == (set() if factor == 1.0 else {"1.up.weight"})
