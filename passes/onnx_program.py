@@ -27,6 +27,7 @@ from lora_fx.passes.onnx_axes import (
 )
 from lora_fx.passes.onnx_canonical import all_nodes
 from lora_fx.passes.onnx_inputs import Axes, batch_size, tensors, varying, with_batch
+from lora_fx.passes.onnx_operators import translations
 from lora_fx.passes.onnx_quiet import quiet
 from lora_fx.passes.onnx_subject import Inputs
 from lora_fx.passes.onnx_tensors import TORCH, as_torch, can_hold_weights, from_torch
@@ -258,6 +259,7 @@ def _translate(model: nn.Module, attempt: _Attempt, opset: int | None) -> Any:
             optimize=False,
             verify=False,
             verbose=False,
+            custom_translation_table=dict(translations()),
         )
     return exported
 
