@@ -27,6 +27,7 @@ from lora_fx.passes.calls import (
     version_of,
     versions_of,
 )
+from lora_fx.passes.control import is_control, with_bodies
 from lora_fx.passes.module_stack import ModuleStack
 from lora_fx.passes.nodes import Nodes
 from lora_fx.passes.parts import Parts
@@ -102,6 +103,9 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._depth:
             return func(*args, **kwargs)
+        inner = is_control(func)
+        if inner:
+            args = with_bodies(args, self._inside)
         function = self._function(func)
         given: list[Tensor] = []
         collect(args, given)
@@ -122,10 +126,25 @@ class Recorder(TorchFunctionMode):
         made: list[tuple[tuple[int, ...], Tensor]] = []
         collect_paths(result, (), made)
         outcome = Outcome(made, changed, given)
+        if inner and all(self._aliases.read(tensor) is not None for _, tensor in made):
+            return result  # written down by what its bodies called
         written = outcome.written(function, args, kwargs)
         if written or (made and not outcome.untouched):
             self._record(_Call(function, args, kwargs), outcome, written)
         return result
+
+    def _inside(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the body of a control operator so that what it calls is written down when it is run."""
+
+        def run(*args: Any) -> Any:
+            depth, self._depth = self._depth, 0
+            try:
+                with self:
+                    return body(*args)
+            finally:
+                self._depth = depth
+
+        return run
 
     def lower(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation below the level of torch functions, and write it down if no call covers it."""
