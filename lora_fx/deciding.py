@@ -125,8 +125,9 @@ def fitted(model: nn.Module, planned: Plan, traced: Trace | None) -> Plan:
         PlanError: it does not fit this model; it says exactly where.
         PolicyError: dropout or a branch is asked for where an adapter is an effective weight here.
     """
-    with base_only(model):
-        sites = sites_from_modules(model) if traced is None else match(traced)
+    # What is replayed for roles runs on the CPU, whatever the default device.
+    with base_only(model), torch.device("cpu"):
+        sites = sites_from_modules(model) if traced is None else assign_roles(traced, match(traced))
         held = _held(model)
         buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     refuse_misfit(planned, sites, held, buffers, traced=traced is not None and planned.examples is not None)

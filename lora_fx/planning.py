@@ -22,6 +22,7 @@ from lora_fx.extras import Parameters, bias_extras, train_extras
 from lora_fx.inventory import describe_sites
 from lora_fx.matrix import row_count
 from lora_fx.notices import warn_user
+from lora_fx.other_roles import other_roles
 from lora_fx.plans import Decision, Extra, Part, Plan, Reason, adapter_itemsize
 from lora_fx.policy import Policy, Skip
 from lora_fx.rule_checks import check_rules, refuse_dataflow
@@ -82,7 +83,9 @@ def make_plan(
 
 
 def restate(plan: Plan, sites: Sequence[Site], model: str, examples: str) -> Plan:
-    """Return a plan that was made elsewhere with the forms that a recorded run of this model shows.
+    """Return a plan that was made elsewhere with the forms and roles that a recorded run of this model shows.
+
+    Warns of an adapted weight whose rows play other roles here: what is adapted is the plan's rows.
 
     Raises:
         PolicyError: dropout or a branch is asked for where an adapter is an effective weight here.
@@ -95,13 +98,18 @@ def restate(plan: Plan, sites: Sequence[Site], model: str, examples: str) -> Pla
             return decision
         found = here[decision.name]
         form, why = form_of(facts[found.name], compute=decision.compute, dora=decision.dora)
-        site = replace(decision.site, uses=found.uses, twin=found.twin)
+        roles = found.roles if found.uses else decision.site.roles
+        site = replace(decision.site, uses=found.uses, twin=found.twin, roles=roles)
         return replace(decision, site=site, form=form, form_reason=why)
 
     decisions = tuple(map(restated, plan.decisions))
     _refuse_dropout(decisions)
     _refuse_branch(decisions, traced=True)
-    return replace(plan, decisions=decisions, model=model, examples=plan.examples or examples)
+    other = other_roles(plan, here, model)
+    if other:
+        warn_user(f"{other}.")
+    notes = (*plan.notes, other) if other and other not in plan.notes else plan.notes
+    return replace(plan, decisions=decisions, model=model, examples=plan.examples or examples, notes=notes)
 
 
 def _with_twins(sites: Sequence[Site]) -> dict[str, Site]:

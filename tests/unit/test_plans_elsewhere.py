@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +124,43 @@ def test_a_graph_is_rewritten_where_it_is_the_model_alone() -> None:
     assert lora_fx.audit(lora_fx.inject(inner, plan, X)).rows[0].form == "weight"
     with pytest.raises(lora_fx.PolicyError, match="dropout=0, since"):
         made_on(nn.Sequential(fx.symbolic_trace(Functional())), dropout=0.5)
+
+
+class Fused(nn.Module):
+    """An attention with a fused projection, whose thirds play their roles in one order or another."""
+
+    def __init__(self, order: tuple[int, int, int] = (0, 1, 2)) -> None:
+        super().__init__()
+        self.x, self.o, self.order = nn.Linear(8, 24), nn.Linear(8, 8), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        thirds = self.x(x).chunk(3, -1)
+        q, k, v = (thirds[place] for place in self.order)
+        mixed: Tensor = self.o(torch.softmax(q @ k.mT / 8**0.5, -1) @ v)
+        return mixed
+
+
+def test_the_audit_says_the_roles_that_rows_have_here_and_a_warning_that_they_are_others() -> None:
+    plan = lora_fx.plan(Fused(), lora_fx.Policy(lora_fx.Rule(role="qv", rank=2)), X[None])
+    assert plan["x.weight"].site.roles["q"] == ((0, 8),)
+    other = Fused((2, 0, 1))
+    with pytest.warns(UserWarning, match=r"x\.weight is .*q\[0:8\].* in the plan, .*q\[16:24\].* here"):
+        lora_fx.inject(other, plan, X[None])
+    audit = lora_fx.audit(other)
+    row = next(row for row in audit.rows if row.name == "x.weight")
+    assert {role: row.roles[role] for role in "qkv"} == {"q": ((16, 24),), "k": ((0, 8),), "v": ((8, 16),)}
+    assert row.rows == plan["x.weight"].rows
+    assert sum("gives other roles" in note for note in audit.notes) == 1
+    lora_fx.verify(other, X[None]).raise_for_failure()
+
+
+def test_no_word_of_roles_where_they_are_the_same_or_the_plan_saw_no_run() -> None:
+    policy = lora_fx.Policy(lora_fx.Rule(rank=2))
+    plans = lora_fx.plan(Fused(), policy, X[None]), lora_fx.plan(Fused(), policy)
+    for plan in plans:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = lora_fx.inject(Fused(), plan, X[None])
+        audit = lora_fx.audit(model)
+        assert audit.notes == plan.notes
+        assert next(row for row in audit.rows if row.name == "x.weight").roles["v"] == ((16, 24),)
