@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from lora_fx.passes.aliases import geometry_of
-from lora_fx.passes.moved import written_parameters
+from lora_fx.passes.moved import written_tensors
 from lora_fx.passes.parts import Parts, parts_of
 from lora_fx.passes.snapshot import attributes_kept
 
@@ -23,14 +23,15 @@ def preserved(model: nn.Module, parts: Parts | None = None) -> Generator[None]:
     """Inside, the model may be run; afterwards buffers, modes, random states and attributes are as before.
 
     Attributes too: a model that keeps what it computed from a weight must not keep a probe's. Parameters
-    as well, where the forward gives them other memory, and where a recorded run saw it write into them.
+    as well, where the forward gives them other memory, and they and the tensors of plain attributes, where
+    a recorded run saw it write into them.
     ``parts`` spares the walk over the model where somebody has made it already.
     """
     parts = parts or parts_of(model)
     modules = parts.modules.values()
     with _disable_current_modes():  # a fake mode would keep a copy without values
         places = [(parameter, parameter.detach()) for parameter in parts.parameters.values()]
-        moving = [*parts.buffers.values(), *written_parameters(model)]
+        moving = [*parts.buffers.values(), *written_tensors(model)]
         values = [(tensor, tensor.detach().clone()) for tensor in moving if _has_values(tensor)]
     modes = [(module, module.training) for module in modules]
     try:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.kinds.names import canonical_op
 from lora_fx.passes.aliases import Aliases, Geometry, geometry_of, unwrapped
+from lora_fx.passes.attributes import tensor_attributes
 from lora_fx.passes.calls import (
     PLAIN,
     Function,
@@ -32,9 +33,6 @@ from lora_fx.passes.module_stack import ModuleStack
 from lora_fx.passes.nodes import Nodes
 from lora_fx.passes.parts import Parts
 from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_facts
-
-_REGISTERS = frozenset(vars(nn.Module()))
-"""What every module holds: parameters, buffers, submodules, hooks."""
 
 
 def after(call: Any, old: Any) -> Any:
@@ -64,7 +62,7 @@ class Recorder(TorchFunctionMode):
         self.modules = ModuleStack(parts.modules)
         self._saved: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._depth = 0
-        self._attributes = _tensor_attributes(parts.modules)
+        self._attributes = tensor_attributes(parts.modules)
         for name, parameter in parts.parameters.items():
             self._external(parameter, self._reader(name, parameter, parameter=name))
         for name, buffer in parts.buffers.items():
@@ -276,6 +274,8 @@ class Recorder(TorchFunctionMode):
         self._external(tensor, make)
         node = make()
         node.meta["unexplained"] = known is None
+        if known is not None:
+            node.meta["attribute"] = known
         if tensor.numel() <= VALUE_LIMIT:
             node.meta["value"] = tensor.detach()
         return node
@@ -324,18 +324,3 @@ def _changed(tensor: Tensor, version: int, value: Tensor) -> bool:
         return True
     plainly = tensor.layout is torch.strided and not isinstance(tensor, FakeTensor)
     return plainly and not torch.equal(tensor, value)
-
-
-def _tensor_attributes(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """Return the names of tensors that modules hold as plain attributes, or in lists and dictionaries."""
-    found: dict[int, str] = {}
-    for path, module in modules.items():
-        for key, value in module.__dict__.items():
-            if key in _REGISTERS or not isinstance(value, (Tensor, tuple, list, dict)):
-                continue
-            inside: list[Tensor] = []
-            collect(value, inside)
-            for index, tensor in enumerate(inside):
-                name = f"{path}.{key}" if path else key
-                found.setdefault(id(tensor), name if tensor is value else f"{name}[{index}]")
-    return found

@@ -174,3 +174,32 @@ def test_a_forward_that_writes_an_adapted_weight_is_refused_by_its_name() -> Non
         lora_fx.inject(model, plan, x)
     assert torch.equal(model.key.weight, before)
     assert type(model.key) is nn.Linear
+
+
+class Counting(nn.Module):
+    """Counts its runs in tensors that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.steps, self.more = (
+            nn.Linear(6, 6),
+            torch.zeros(()),
+            [torch.zeros(()), torch.zeros(2)],
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        self.more[1][0] += 1  # through a view
+        return self.inner(x) + self.steps + self.more[1].sum()
+
+
+def test_counters_that_are_no_buffers_are_put_back() -> None:
+    torch.manual_seed(0)
+    model, x = Counting(), torch.randn(4, 6)
+    outer = nn.Sequential(model, nn.Linear(6, 2))
+    lora_fx.inject(outer, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    lora_fx.verify(outer, x).raise_for_failure()
+    assert float(model.steps) == 0
+    assert not torch.cat(model.more[1:]).any()
+    outer(x)
+    assert float(model.steps) == 1
