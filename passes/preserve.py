@@ -48,7 +48,14 @@ def preserved(model: nn.Module, parts: Parts | None = None) -> Generator[None]:
                     parameter.data = place
             for tensor, value in values:
                 if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                    put_back(tensor, value)
+
+
+def put_back(tensor: Tensor, value: Tensor) -> None:
+    """Write a value back into a tensor, which the model may have resized in between."""
+    if tensor.shape != value.shape:
+        tensor.resize_(value.shape)
+    tensor.copy_(value)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from lora_fx.passes.control import is_control, with_bodies
 from lora_fx.passes.module_stack import ModuleStack
 from lora_fx.passes.nodes import Nodes
 from lora_fx.passes.parts import Parts
+from lora_fx.passes.preserve import put_back
 from lora_fx.passes.tensor_facts import VALUE_LIMIT, geometry_facts, tensor_facts
 
 
@@ -91,7 +92,7 @@ class Recorder(TorchFunctionMode):
         with torch.no_grad():
             for tensor, version, value in self._saved.values():
                 if tensor.device.type != "meta" and _changed(tensor, version, value):
-                    tensor.detach().copy_(value)
+                    put_back(tensor if tensor.shape != value.shape else tensor.detach(), value)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

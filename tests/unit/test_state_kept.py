@@ -181,11 +181,8 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.steps, self.more = (
-            nn.Linear(6, 6),
-            torch.zeros(()),
-            [torch.zeros(()), torch.zeros(2)],
-        )
+        self.inner, self.steps = nn.Linear(6, 6), torch.zeros(())
+        self.more = [torch.zeros(()), torch.zeros(2)]
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps.add_(1)
@@ -203,3 +200,28 @@ def test_counters_that_are_no_buffers_are_put_back() -> None:
     assert not torch.cat(model.more[1:]).any()
     outer(x)
     assert float(model.steps) == 1
+
+
+class Sizing(nn.Module):
+    """Makes its buffer as large as it takes at its first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.register_buffer("scale", torch.zeros(0))
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.resize_(x.shape[-1]).fill_(1)
+        return self.inner(x) + self.scale
+
+
+def test_a_buffer_that_the_forward_resizes_has_its_size_again() -> None:
+    torch.manual_seed(0)
+    model, x = Sizing(), torch.randn(4, 6)
+    lora_fx.inject(model, lora_fx.Policy(lora_fx.Rule(rank=2)), x)
+    assert model.scale.shape == (0,)
+    lora_fx.verify(model, x).raise_for_failure()
+    assert model.scale.shape == (0,)
+    lora_fx.unload(model)
+    assert type(model) is Sizing
