@@ -22,6 +22,7 @@ from lora_fx.passes import graph_module
 from lora_fx.passes.initialise import adapter_dtype, as_parameter, start
 from lora_fx.passes.made import as_made
 from lora_fx.passes.norms import freeze_norms
+from lora_fx.passes.overlapping import refuse_overlapping
 from lora_fx.passes.registers import own_parameters, plain
 from lora_fx.passes.remove import remove
 from lora_fx.passes.root import watch
@@ -143,7 +144,7 @@ def check_name(adapter: str, record: Injected | None) -> None:
 
 
 def check_fit(model: nn.Module, plan: Plan, holders: Owners) -> None:
-    """Refuse a plan whose parameters the model does not have, or has in another shape."""
+    """Refuse a plan whose parameters the model does not have, has in another shape, or cannot be written."""
     wanted = {d.name: d.site.shape for d in (*plan.adapted, *plan.trained)}
     wanted.update({e.name: e.shape for e in plan.extras})
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -166,6 +167,8 @@ def check_fit(model: nn.Module, plan: Plan, holders: Owners) -> None:
             got=shown,
             advice="Make the plan on this model, or load the model that the plan was made on.",
         )
+    first = {name: holders[name][0] for name in wanted}
+    refuse_overlapping({name: raw(owner.module, owner.attribute) for name, owner in first.items()})
 
 
 def _new_record(model: nn.Module) -> Injected:

@@ -185,3 +185,16 @@ def test_an_adapter_loaded_for_inference_says_that_it_is_not_trained(tmp_path: P
         assert all(p.requires_grad for p in lora_fx.parameters(model))
         lora_fx.inject(model, Policy(Rule(rank=1)), X, adapter="inactive")
         assert lora_fx.parameters(model, "inactive")
+
+
+@pytest.mark.parametrize("rule", [lora_fx.Rule(rank=2), lora_fx.Train(name="0.weight")])
+def test_a_weight_whose_elements_share_memory_is_refused_by_name(rule: lora_fx.Rule | lora_fx.Train) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(5, 6)
+    model[0].weight = nn.Parameter(torch.randn(1, 6).expand(6, 6))
+    before = model.state_dict().keys()
+    with pytest.raises(lora_fx.PlanError, match=r"^0\.weight: .* a place of its own .* strides \(0, 1\)"):
+        lora_fx.inject(model, lora_fx.Policy(rule), x)
+    assert model.state_dict().keys() == before
+    assert type(model[0]) is nn.Linear
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    lora_fx.verify(lora_fx.inject(model, lora_fx.Policy(rule), x), x).raise_for_failure()
