@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from lora_fx.collapsed import exact_groups
 from lora_fx.errors import PlanError
 from lora_fx.fitted import FittedTable
 from lora_fx.sites import Site
-from lora_fx.tables import as_text, name_pattern, ranks_text, rows_text, shape_text
+from lora_fx.tables import as_text, name_numbers, name_pattern, ranks_text, rows_text, shape_text
 
 if TYPE_CHECKING:
     from lora_fx.plans import Decision, Extra, Plan
@@ -53,8 +54,9 @@ class PlanDiff:
         for change in _shown(self.changes):
             key = (name_pattern([change.name], wild=True), change.what, change.before, change.after)
             groups.setdefault(key, []).append(change.name)
-        for (_, what, before, after), names in groups.items():
-            table.add_row(name_pattern(names) or "(the plan)", str(len(names)), what, before, after)
+        for (_, what, before, after), gathered in groups.items():
+            for names in exact_groups(gathered, lambda name: (name_numbers(name),)):
+                table.add_row(name_pattern(names) or "(the plan)", str(len(names)), what, before, after)
         return table
 
     def __str__(self) -> str:

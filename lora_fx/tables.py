@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from lora_fx.collapsed import exact_groups
 from lora_fx.fitted import FittedTable
 from lora_fx.matrix import Rows
 
@@ -216,14 +217,20 @@ _Line = TypeVar("_Line", bound="Decision | AuditRow")
 
 
 def _gathered(lines: Iterable[_Line], key: Callable[[_Line], tuple[object, ...]]) -> list[list[_Line]]:
-    """Gather lines whose weights differ in layer numbers only and whose keys are equal."""
+    """Gather lines whose weights differ in layer numbers only, as far as a pattern names them exactly."""
     groups: dict[tuple[object, ...], list[_Line]] = {}
     for line in lines:
         told = (line.action, line.form, line.reason, line.rule, _wild(line.detail), _wild(line.form_reason))
         expected = (line.expected, line.expected_reason)
         pattern = name_pattern([line.name], wild=True)
         groups.setdefault((pattern, *told, *expected, *key(line)), []).append(line)
-    return list(groups.values())
+    return [exact for group in groups.values() for exact in exact_groups(group, _told_numbers)]
+
+
+def _told_numbers(line: Decision | AuditRow) -> list[tuple[str, ...]]:
+    """Return the layer numbers of a line's weight, and of every name that is said of it."""
+    said = [name for text in (line.detail, line.form_reason) for name in _NAME.findall(text)]
+    return [name_numbers(name) for name in (line.name, *said)]
 
 
 _NAME = re.compile(r"(?<=')\d+(?=')|[\w.]*[A-Za-z_][\w.]*")
@@ -269,6 +276,11 @@ def _deltas_text(deltas: Sequence[float]) -> str:
     """Return how far weights moved, as one number or the lowest and the highest."""
     ends = dict.fromkeys(f"{d:.3g}" for d in (min(deltas), max(deltas))) if deltas else ()
     return " to ".join(ends)
+
+
+def name_numbers(name: str) -> tuple[str, ...]:
+    """Return the layer numbers in a name."""
+    return tuple(_NUMBER.findall(name))
 
 
 def name_pattern(names: Sequence[str], *, wild: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from typing import Any
 
@@ -218,3 +219,44 @@ def test_only_numbers_of_names_are_drawn_together(why: str, lines: int):
     shown = shown_at(300, plan(sites, Policy(Rule(rank=2))))
     assert sum("weight form" in line for line in shown) == lines
     assert any("in the forward of '{5-6}'" in line for line in shown) is (lines == 1)
+
+
+def named(line: str) -> list[str]:
+    """Return the names that the pattern at the start of a line stands for."""
+    parts = []
+    for part in line.split(maxsplit=1)[0].split("."):
+        ranges = [r.split("-") for r in part.strip("{}").split(",")] if part.startswith("{") else None
+        numbers = [] if ranges is None else [n for r in ranges for n in range(int(r[0]), int(r[-1]) + 1)]
+        parts.append([part] if ranges is None else list(map(str, numbers)))
+    return [".".join(each) for each in itertools.product(*parts)]
+
+
+@pytest.mark.parametrize(
+    ("reached", "lines"),
+    [
+        ({0: "0", 3: "01", 4: "0"}, 4),
+        (dict.fromkeys(range(5), "01"), 2),
+        ({0: "0", 1: "1", 2: "01", 3: "0", 4: "12"}, 8),
+    ],
+)
+def test_a_line_names_the_weights_that_it_counts(reached: dict[int, str], lines: int):
+    use = Use("linear", "home", "linear", branch=True)
+    sites = [
+        site(
+            f"{layer}.e.{expert}.weight",
+            uses=(use,) if str(expert) in experts else (),
+            twin=None if str(expert) in experts else f"{layer}.e.{experts[0]}.weight",
+        )
+        for layer, experts in reached.items()
+        for expert in range(3)
+    ]
+    made = plan(sites, Policy(Rule(rank=2)))
+    for record in (made, audit_plan(made)):
+        shown = [line for line in shown_at(300, record) if ".e." in line.split("twin")[0]]
+        assert len(shown) == lines
+        counted = [(named(line), int(line.split()[1])) for line in shown]
+        assert all(len(names) == n for names, n in counted)
+        assert sorted(n for names, _ in counted for n in names) == sorted(s.name for s in sites)
+        for line, (_, n) in zip(shown, counted, strict=True):
+            if " twin " in line:
+                assert len(named(line.rpartition("as its twin ")[2])) <= n
