@@ -16,7 +16,7 @@ _CONTROL = frozenset({"cond", "while_loop"})
 
 def is_control(func: Any) -> bool:
     """Say whether a call is a control operator's, whose bodies run as plain code."""
-    return isinstance(func, HigherOrderOperator) and func.name() in _CONTROL
+    return isinstance(func, HigherOrderOperator) and func.__name__ in _CONTROL
 
 
 def with_bodies(args: tuple[Any, ...], wrap: Callable[[Callable[..., Any]], Any]) -> tuple[Any, ...]:
