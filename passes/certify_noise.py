@@ -8,15 +8,15 @@ rounding, are compared by themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fx.passes.onnx_parity import Outputs, distance, distances, torch_outputs
+from lora_fx.passes.onnx_parity import Outputs, distance, distances
 from lora_fx.passes.onnx_state import evaluating
-from lora_fx.passes.onnx_subject import Inputs, State
+from lora_fx.passes.onnx_subject import State
 from lora_fx.passes.preserve import preserved
 from lora_fx.passes.rounding_noise import RoundingNoise
 
@@ -28,6 +28,10 @@ SLACK = 3
 """How many times as many elements may move in a further run as one run moves that no other one does."""
 
 
+Run = Callable[[nn.Module], list[Outputs]]
+"""What a model gives, per set of inputs."""
+
+
 @dataclass(frozen=True)
 class Noise:
     """The outputs of a model in one state, per set of inputs, and those of its noisy runs."""
@@ -36,12 +40,12 @@ class Noise:
     noisy: Sequence[Sequence[Outputs]]
 
     @classmethod
-    def of(cls, state: State, inputs: Sequence[Inputs], plain: Sequence[Outputs]) -> Noise:
+    def of(cls, state: State, run: Run, plain: Sequence[Outputs]) -> Noise:
         """Run a model in some state with noise, several times; ``plain`` is what it gives without."""
         noisy: list[list[Outputs]] = []
         for seed in range(NOISES):
             with state() as model, evaluating(model), preserved(model), RoundingNoise(seed):
-                noisy.append([torch_outputs(model, each) for each in inputs])
+                noisy.append(run(model))
         return cls(plain, noisy)
 
     def moved(self) -> list[float]:
@@ -50,21 +54,33 @@ class Noise:
         each = [distances(found, reference) for run in runs for found, reference in run]
         return [max(over) for over in zip(*each, strict=True)]
 
-    def steady(self, case: int, output: int, least: float) -> Steady | None:
+    def alone(self, output: int, least: float) -> float:
+        """Return the largest share of an output, on any inputs, that one run moves and no other does."""
+        found = [self._moves(case, output, least) for case in range(len(self.plain))]
+        return max((_alone(moves) for moves in found if moves is not None), default=0.0)
+
+    def steady(self, case: int, output: int, least: float, alone: float = 0.0) -> Steady | None:
         """Return the elements of an output that no run moves by more than ``least`` of its mean size.
 
-        None where they are too few to tell, or where a run gives another shape.
+        ``alone`` is the share that one run moves and no other does elsewhere: on other inputs, or with other
+        weights. None where they are too few to tell, or where a run gives another shape.
         """
+        moves = self._moves(case, output, least)
+        if moves is None:
+            return None
+        mask = ~moves.any(0)
+        slack = round(SLACK * max(alone, _alone(moves)) * mask.numel())
+        steady = Steady(mask, slack)
+        return steady if steady.count > slack and steady.share >= SHARE else None
+
+    def _moves(self, case: int, output: int, least: float) -> Tensor | None:
+        """Return which elements each run moves, or None where a run gives another shape."""
         reference = self.plain[case][output]
         runs = [run[case][output] for run in self.noisy]
-        if any(run.shape != reference.shape for run in runs):
+        if not reference.numel() or any(run.shape != reference.shape for run in runs):
             return None
         gaps = torch.stack([_gap(run, reference) for run in runs])
-        moves = ~(gaps <= least * _size(reference))
-        alone = moves & (moves.sum(0) == 1)
-        slack = SLACK * int(alone.flatten(1).sum(1).max())
-        steady = Steady(~moves.any(0), slack)
-        return steady if steady.count > slack and steady.share >= SHARE else None
+        return ~(gaps <= least * _size(reference))
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,12 @@ class Steady:
         found, reference = found[self.mask], reference[self.mask]
         kept = _gap(found, reference).argsort()[: self.count - self.slack]
         return distance([found[kept]], [reference[kept]])
+
+
+def _alone(moves: Tensor) -> float:
+    """Return the largest share of the elements that one run moves and no other does."""
+    alone = moves & (moves.sum(0) == 1)
+    return float(alone.flatten(1).double().mean(1).max())
 
 
 def _gap(found: Tensor, reference: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from lora_fx.certificates import Check
 from lora_fx.passes.certify_errors import DIGITS, FACTOR, FLOOR, SMALL, Errors
 from lora_fx.passes.certify_noise import Noise
+from lora_fx.passes.onnx_draws import NONE, Draws
 from lora_fx.passes.onnx_inputs import batch_size, map_tensors, random_like, tensors, with_batch, with_length
 from lora_fx.passes.onnx_parity import (
     Outputs,
@@ -45,6 +46,14 @@ class _Case:
 
     name: str
     inputs: Inputs
+    drawn: Draws = NONE
+    """The outputs that are not compared, since random numbers that the graph draws reach them."""
+
+    def outputs(self, model: nn.Module, dtype: torch.dtype | None = None) -> Outputs:
+        """Return what a model gives that can be compared, with floats in some dtype."""
+        return self.drawn.others(
+            torch_outputs(model, self.inputs if dtype is None else _cast(self.inputs, dtype))
+        )
 
 
 @dataclass(frozen=True)
@@ -74,23 +83,30 @@ def parity_check(
     *,
     precision: torch.dtype,
     notes: list[str],
+    drawn: Draws = NONE,
 ) -> Check:
-    """Compare the runtime with the torch model on the example and on random inputs of another size."""
-    cases = _cases(subject, inputs, folded_session, notes)
+    """Compare the runtime with the torch model on the example and on random inputs of another size.
+
+    Outputs that random numbers drawn in the graph reach (``drawn``) are left out, and a note says so.
+    """
+    cases = [replace(case, drawn=drawn) for case in _cases(subject, inputs, folded_session, notes)]
+    notes += drawn.notes
     ran: list[_Ran] = []
     references = _references(subject, cases, notes)
     injected = _outputs(subject.injected, cases, None)
     for case, (base, folded), native in zip(cases, references, injected, strict=True):
         feeds = feeds_for(folded_session, case.inputs)
         try:
-            ours, theirs = run(base_session, feeds), run(folded_session, feeds)
+            ours, theirs = (drawn.others(run(each, feeds)) for each in (base_session, folded_session))
         except RuntimeFault as error:
             return Check("parity", ok=False, detail=str(error), place=f"{case.name} inputs")
         ran.append(_Ran(case.name, ours, theirs, base, folded, native))
+    if drawn.every:
+        return Check("parity", ok=True, detail=drawn.nothing)
     floor = FLOOR[precision]
     apart = _no_reference(subject, cases, ran, min(SMALL * floor, DIGITS))
     found = _widely(subject, cases, ran, apart, floor) if not all(apart) or not apart else []
-    names = [item.name for item in folded_session.get_outputs()] if any(apart) else []
+    names = drawn.others([item.name for item in folded_session.get_outputs()]) if any(apart) else []
     found += _natively(subject, cases, ran, dict(enumerate(names)), apart, floor)
     notes += _vague(found, floor)
     return _judged(found, floor)
@@ -189,7 +205,8 @@ def _steady(ran: list[_Ran], noises: Sequence[Noise], names: dict[int, str], flo
     before, after = noises
     for (case, item), (index, name) in itertools.product(enumerate(ran), names.items()):
         least = min(SMALL * floor, DIGITS)
-        first, second = before.steady(case, index, least), after.steady(case, index, least)
+        alone = max(noise.alone(index, least) for noise in noises)
+        first, second = (noise.steady(case, index, least, alone) for noise in noises)
         if first is None or second is None:
             continue
         base = first.distance(item.ours[index], before.plain[case][index])
@@ -207,7 +224,7 @@ def _steady(ran: list[_Ran], noises: Sequence[Noise], names: dict[int, str], flo
 
 def _noise(state: State, cases: list[_Case], plain: Sequence[Outputs]) -> Noise:
     """Return what noise does to a model in some state on the inputs."""
-    return Noise.of(state, [case.inputs for case in cases], plain)
+    return Noise.of(state, lambda model: [case.outputs(model) for case in cases], plain)
 
 
 def _largest(measured: list[float], apart: list[bool]) -> float:
@@ -311,13 +328,13 @@ def _references(subject: Subject, cases: list[_Case], notes: list[str]) -> list[
     return list(zip(base, folded, strict=True))
 
 
-def _outputs(state: State, cases: list[_Case], casts: Casts | None) -> list[list[Tensor]]:
+def _outputs(state: State, cases: list[_Case], casts: Casts | None) -> list[Outputs]:
     """Return the outputs of a model in some state on each set of inputs."""
     with state() as model, evaluating(model):
         if casts is None:
-            return [torch_outputs(model, case.inputs) for case in cases]
+            return [case.outputs(model) for case in cases]
         with cast_state(model, casts):
-            return [torch_outputs(model, _cast(case.inputs, torch.float64)) for case in cases]
+            return [case.outputs(model, torch.float64) for case in cases]
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -28,6 +27,7 @@ from lora_fx.passes.examples import fresh
 from lora_fx.passes.extent import Extent
 from lora_fx.passes.onnx_base import make_base, make_graph
 from lora_fx.passes.onnx_canonical import canonical
+from lora_fx.passes.onnx_draws import Draws
 from lora_fx.passes.onnx_files import DataFile
 from lora_fx.passes.onnx_inputs import map_tensors
 from lora_fx.passes.onnx_mapping import ParameterMap
@@ -37,7 +37,7 @@ from lora_fx.passes.onnx_parity import feeds_for
 from lora_fx.passes.onnx_patch import find_patches
 from lora_fx.passes.onnx_program import DynamicShapes, Program, program
 from lora_fx.passes.onnx_refusals import refuse_folded, refuse_onto_data
-from lora_fx.passes.onnx_runtime import Refused, open_pair
+from lora_fx.passes.onnx_runtime import Opened, Refused, open_pair
 from lora_fx.passes.onnx_state import cast_state, evaluating
 from lora_fx.passes.onnx_subject import Inputs, Subject
 from lora_fx.passes.preserve import preserved
@@ -179,7 +179,7 @@ class ExportJob:
         except Refused as error:
             failed = Check("runtime", ok=False, detail=str(error), place="the file")
             return _raise(Certificate(path.name, path.name, (failed,), environment(runtime), tuple(notes)))
-        parity = self.parity(opened.session, opened.session, notes)
+        parity = self.parity(opened, opened, notes)
         unclear = [name for name, placement in mapping.placements.items() if placement.status == "opaque"]
         if unclear:
             notes.append(f"an adapter on these needs a new export: {', '.join(unclear[:5])}")
@@ -272,16 +272,22 @@ class ExportJob:
         if evidence.base is not None and evidence.folded is not None:
             if self._program is not None:
                 notes += self._program.notes
-            checks.append(self.parity(evidence.base.session, evidence.folded.session, notes))
+            checks.append(self.parity(evidence.base, evidence.folded, notes))
             checks.append(effect_check(evidence, feeds_for(evidence.base.session, self.inputs)))
         return _raise(
             Certificate(base_path.name, path.name, tuple(checks), environment(evidence.runtime), tuple(notes))
         )
 
-    def parity(self, base_session: Any, folded_session: Any, notes: list[str]) -> Check:
+    def parity(self, base: Opened, folded: Opened, notes: list[str]) -> Check:
         """Compare the runtime with the torch model."""
         return parity_check(
-            self.subject, self.inputs, base_session, folded_session, precision=self.dtype(), notes=notes
+            self.subject,
+            self.inputs,
+            base.session,
+            folded.session,
+            precision=self.dtype(),
+            notes=notes,
+            drawn=Draws.of(folded.graph),
         )
 
 

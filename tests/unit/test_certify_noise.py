@@ -68,3 +68,16 @@ def test_whole_numbers_are_alike_or_not() -> None:
     assert steady is not None
     assert steady.distance(counts, counts) == 0
     assert steady.distance(other, counts) == 0.01
+
+
+def test_as_many_may_move_as_one_run_moves_alone_on_other_inputs() -> None:
+    """A near tie that no run of these inputs broke may be broken by the runtime, as one was on others."""
+    plain = [[PLAIN], [PLAIN]]
+    noise = Noise(plain, [[[moved(3, 4)], [moved()]], [[moved()], [moved()]]])
+    alone = noise.alone(0, LEAST)
+    assert alone == pytest.approx(0.02)
+    steady = noise.steady(1, 0, LEAST, alone)
+    assert steady is not None
+    assert (steady.count, steady.slack) == (100, 6)
+    assert steady.distance(moved(20, 21), PLAIN) < 1e-6
+    assert steady.distance(moved(*range(20, 27)), PLAIN) > 1e-2
