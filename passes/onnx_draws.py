@@ -6,7 +6,7 @@ so what they reach can be compared with nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,13 +73,13 @@ NONE = Draws()
 
 
 def _follow(
-    model: ir.Model, graph: ir.Graph | ir.Function, drawn: set[ir.Value], operators: dict[str, None]
+    model: ir.Model, nodes: Iterable[ir.Node], drawn: set[ir.Value], operators: dict[str, None]
 ) -> bool:
-    """Add what random numbers reach in a graph, in its order; return whether it draws, or takes in, any."""
+    """Add what random numbers reach in a graph's nodes, in their order; return whether they reach any."""
     any_drawn = False
-    for node in graph:
+    for node in nodes:
         called = model.functions.get(node.op_identifier())
-        inner = [*_inner(node), *([called] if called is not None else [])]
+        inner: list[Iterable[ir.Node]] = [*_inner(node), *([called] if called is not None else [])]
         reached = _draws(node, operators) or (
             node.op_type not in SHAPES and any(value in drawn for value in node.inputs if value is not None)
         )
