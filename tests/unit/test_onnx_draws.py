@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -63,7 +64,7 @@ def test_drawn_numbers_excuse_no_fault_in_the_other_outputs(
 ) -> None:
     run, calls = certify_parity.run, itertools.count()
 
-    def off_for_the_folded_file(*args: object) -> list[torch.Tensor]:
+    def off_for_the_folded_file(*args: Any) -> list[torch.Tensor]:
         factor = 1 + 1e-4 * (next(calls) % 2)
         return [out * factor if out.is_floating_point() else out for out in run(*args)]
 
