@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import LoraFxError, ProbeError
 from lora_fx.passes.changes import changes
+from lora_fx.passes.comparing import unmasked
 from lora_fx.passes.examples import own_copy
 from lora_fx.passes.fold import base_only, folded
 from lora_fx.passes.norms import resting_norms_bare
@@ -316,7 +317,7 @@ def compare(
     for found, wanted in zip(outputs, reference, strict=True):
         if found.shape != wanted.shape:
             return float("inf"), tolerance
-        finite = wanted.isfinite()
+        finite = wanted.isfinite() & unmasked(found, wanted)
         wide = torch.promote_types(wanted.dtype, torch.float32)
         gap = torch.where(finite, (found - wanted).to(wide), 0).norm()
         ratio = float(gap / torch.where(finite, wanted.to(wide), 0).norm().clamp_min(1e-30))

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from lora_fx.passes.examples import tensors_in
 
 Slopes = list[Tensor | None]
 
@@ -84,13 +85,7 @@ def uneven(output: Tensor) -> Tensor:
 
 
 def float_leaves(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of an output, in order, whatever holds them."""
-    leaves = pytree.tree_leaves(plain(output))
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def plain(value: Any) -> Any:
-    """Turn dataclass-like outputs into dictionaries, so that their tensors can be found."""
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, dict):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return value
+    """Return the float tensors of an output, in order, whatever holds them; complex ones as pairs."""
+    leaves = [tensor for _, tensor in tensors_in(output)]
+    found = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves)
+    return [t for t in found if t.is_floating_point()]
