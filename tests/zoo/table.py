@@ -80,7 +80,7 @@ def _head(built: Sequence[Row], unbuilt: Sequence[Row]) -> str:
         "sites by form": ", ".join(f"{k} {n}" for k, n in forms.most_common()),
         "recording, in forwards (median), of models at their own size (see below)": _recording(own),
         "recording, in forwards (median), of tiny configurations (see below)": _recording(tiny),
-        "ONNX: bases that torch.onnx.export and onnxruntime get through": f"{tried['ok'] + tried['**red**']}",
+        "ONNX: bases that are exported and run": f"{tried['ok'] + tried['**red**']}",
         "ONNX: of these exported here, folded and certified": str(certified),
         "ONNX: refused upstream, too large or too slow, not tried": ", ".join(
             str(tried[k]) for k in ("upstream", "large", "slow", "–")
