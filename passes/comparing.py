@@ -23,7 +23,7 @@ DISCOUNT = 4.0
 
 
 MASKED = 1e4
-"""Elements so many times larger than the others, and the same in both runs, are a mask's, and hide these."""
+"""Elements so large, so many times larger than the others, and the same in both runs, are a mask's."""
 
 
 def outputs_compared(
@@ -85,13 +85,15 @@ def unmasked(found: Tensor, wanted: Tensor) -> Tensor:
     """Say of which elements two outputs are to be compared: not of a mask's -1e9 beside logits of size one.
 
     In the norm of the whole such numbers would leave nothing of the rest. They are told by being the same in
-    both runs, bit for bit, and ``MASKED`` times the root mean square of the elements that are not.
+    both runs, bit for bit, and ``MASKED`` times the root mean square of the elements that are not; and by
+    being that large themselves, since beside what cancels to a rounding every value is.
     """
     equal = found == wanted
     others = wanted[~equal & wanted.isfinite()]
     if not others.numel():
         return torch.ones_like(equal)
-    return ~(equal & (wanted.abs().double() > MASKED * others.double().square().mean().sqrt()))
+    bound = MASKED * others.double().square().mean().sqrt().clamp_min(1.0)
+    return ~(equal & (wanted.abs().double() > bound))
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

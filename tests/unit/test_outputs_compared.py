@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lora_fx
 from lora_fx import Policy, ProbeError, Rule
-from lora_fx.passes.comparing import unmasked
+from lora_fx.passes.comparing import outputs_compared, unmasked
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -83,3 +83,10 @@ def test_only_what_is_alike_and_far_larger_is_a_mask() -> None:
     found[3] = -1e9
     assert unmasked(found, wanted).tolist() == [True, True, False, False, False, True]
     assert unmasked(wanted, wanted).all()
+
+
+def test_values_beside_what_cancels_are_no_mask() -> None:
+    """Rounding against rounding is no comparison: the ordinary values stay in the norm."""
+    wanted, found = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 3e-9, 0.0])
+    assert unmasked(found, wanted).all()
+    assert outputs_compared([found], [wanted], "eval", frozenset({torch.float32})).ok
